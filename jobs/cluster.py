@@ -1,0 +1,123 @@
+"""Join a Ray cluster, or start one on this machine, and refuse a job that cannot fit instead of letting it hang.
+
+Ray queues what does not fit and shows no error: three one-CPU actor pools on two CPUs wait for ever.
+"""
+
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+import ray.data
+from pydantic import BaseModel, ConfigDict, Field
+
+from mgmtn.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+class ClusterSettings(BaseModel):
+    """Which cluster, and how much of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    address: str | None = Field(None, description="Ray cluster to join (RAY_ADDRESS); none: one on this machine")
+    num_cpus: int | None = Field(None, ge=1, description="CPUs of a cluster on this machine; none: all of them")
+    object_store_gb: float = Field(1.0, gt=0.08, description="shared memory of a cluster on this machine, GB")
+
+
+@contextmanager
+def joined(settings: ClusterSettings) -> Iterator[None]:
+    """Be a driver of the cluster; a cluster that was started for this ends with it.
+
+    Raises:
+        ConfigError: no cluster answers at the address.
+    """
+    if ray.is_initialized():  # a test's or a notebook's cluster
+        yield
+        return
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        _secure_private_cluster()
+    try:
+        ray.init(
+            address=address,
+            num_cpus=settings.num_cpus if address is None else None,
+            object_store_memory=int(settings.object_store_gb * 1e9) if address is None else None,
+            include_dashboard=False if address is None else None,
+            log_to_driver=True,
+            logging_level=logging.WARNING,
+        )
+    except (ConnectionError, ValueError) as error:
+        raise ConfigError(f"address: no Ray cluster at {address!r}: {error}") from error
+    try:
+        _quieten()
+        log.info("event=joined address=%s resources=%s", address or "this_machine", totals())
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _secure_private_cluster() -> None:
+    """Give a cluster that lives as long as one command a token of its own, kept in memory.
+
+    Ray 2.60 turns token authentication on for it, and without this would leave the token in the home directory, where
+    it changes how a later `ray start` and `ray job submit` behave.
+    """
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def _quieten() -> None:
+    """Progress is ours to show, and Ray Data's account of its operators is for debugging."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    if not log.isEnabledFor(logging.DEBUG):
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def totals() -> dict[str, float]:
+    """CPUs and GPUs of the whole cluster."""
+    resources = ray.cluster_resources()
+    return {name: float(resources.get(name, 0.0)) for name in ("CPU", "GPU")}
+
+
+@dataclass(frozen=True)
+class Pools:
+    """How a labelling job shares the cluster between its two pools of actors."""
+
+    face_workers: int
+    model_workers: int
+    gpus_per_model: float
+    cpus_per_model: float
+
+
+def share(*, cpus: float, gpus: float, face_workers: int | None, model_workers: int | None) -> Pools:
+    """Divide the cluster between face workers (a CPU each) and model workers (a GPU each, or else a CPU each).
+
+    Without wishes: a model worker on every GPU and face workers on every CPU; or, without GPUs, two face workers for
+    each model worker, the ratio of their times per face.
+
+    Raises:
+        ConfigError: the pools do not fit the cluster.
+    """
+    on_gpu = gpus >= 1
+    if model_workers is None:
+        model_workers = int(gpus) if on_gpu else max(1, int(cpus) // 3)
+    cpus_per_model = 0.0 if on_gpu else 1.0
+    if face_workers is None:
+        face_workers = int(cpus - model_workers * cpus_per_model)
+    if on_gpu and model_workers > gpus:
+        raise ConfigError(f"model_workers: {model_workers} need a GPU each, the cluster has {gpus:g}")
+    needed = face_workers + model_workers * cpus_per_model
+    if face_workers < 1 or needed > cpus:
+        raise ConfigError(
+            f"face_workers, model_workers: {max(face_workers, 1)} + {model_workers} actors need "
+            f"{max(face_workers, 1) + model_workers * cpus_per_model:g} CPUs, the cluster has {cpus:g}; "
+            "ask for fewer, or give the cluster more (on this machine: --cluster.num-cpus)"
+        )
+    return Pools(face_workers, model_workers, gpus_per_model=1.0 if on_gpu else 0.0, cpus_per_model=cpus_per_model)

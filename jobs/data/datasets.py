@@ -1,0 +1,124 @@
+"""Labelled image collections as one table of uri, split and 40 labels, whoever published them.
+
+To add a format: write a reader and list it in `read_dataset`.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.data.object_store import canonical_uri, is_s3, join, local_copy
+from mgmtn.attributes import ATTRIBUTES, attribute_name
+from mgmtn.errors import ConfigError
+
+SPLITS = ("train", "validation", "test")
+UNKNOWN = -1  # a label that nobody gave
+
+DATASET_SCHEMA = pa.schema(
+    [
+        ("image", pa.string()),
+        ("uri", pa.string()),
+        ("split", pa.string()),
+        ("labels", pa.list_(pa.int8(), len(ATTRIBUTES))),
+    ]
+)
+
+
+def read_dataset(dataset: str) -> pa.Table:
+    """Read a labelled collection.
+
+    Args:
+        dataset: a folder with `labels.csv` (columns `image` relative to the folder, the 40 names as 0, 1 or empty,
+            `split`); CelebA's official folder (`list_attr_celeba.txt`, `list_eval_partition.txt`,
+            `img_align_celeba/`); or a `.csv` or `.parquet` file with `uri`, labels and optionally `split`.
+
+    Returns:
+        A table of `DATASET_SCHEMA`: labels are 0, 1, or -1 where unknown.
+
+    Raises:
+        ConfigError: nothing of these is there, or a column or value is wrong, by name.
+    """
+    uri = canonical_uri(dataset)
+    if uri.endswith((".csv", ".parquet")):
+        frame = _read_frame(uri)
+        return _table(
+            frame, image=_column(frame, "uri", dataset), uri_of=lambda name: canonical_uri(name), source=dataset
+        )
+    if is_s3(uri) or (Path(uri) / "labels.csv").is_file():
+        frame = _read_frame(join(uri, "labels.csv"))
+        return _table(
+            frame, image=_column(frame, "image", dataset), uri_of=lambda name: join(uri, name), source=dataset
+        )
+    if (Path(uri) / "list_attr_celeba.txt").is_file():
+        frame = _read_celeba(Path(uri))
+        return _table(
+            frame, image=frame["image"], uri_of=lambda name: join(uri, "img_align_celeba", name), source=dataset
+        )
+    raise ConfigError(f"dataset: {dataset!r} holds neither labels.csv nor CelebA's list_attr_celeba.txt")
+
+
+def _read_frame(uri: str) -> pd.DataFrame:
+    path = local_copy(uri)
+    try:
+        return pq.read_table(path).to_pandas() if uri.endswith(".parquet") else pd.read_csv(path)
+    except (ValueError, pa.ArrowInvalid) as error:
+        raise ConfigError(f"dataset: {uri!r} cannot be read: {error}") from error
+
+
+def _read_celeba(folder: Path) -> pd.DataFrame:
+    """The official lists: a count, a header, then rows of a file name and 40 times -1 or 1; splits are 0, 1, 2."""
+    frame = pd.read_csv(folder / "list_attr_celeba.txt", sep=r"\s+", skiprows=1).replace(-1, 0)
+    parts = pd.read_csv(folder / "list_eval_partition.txt", sep=r"\s+", header=None, names=["image", "part"])
+    part_of = dict(zip(parts["image"], parts["part"], strict=True))
+    frame = frame.rename_axis("image").reset_index()
+    frame["split"] = [SPLITS[int(part_of[name])] for name in frame["image"]]
+    return frame
+
+
+def _column(frame: pd.DataFrame, name: str, source: str) -> pd.Series:
+    if name not in frame.columns:
+        raise ConfigError(f"dataset: {source!r} has no column {name!r}; its columns: {', '.join(frame.columns[:50])}")
+    return frame[name]
+
+
+def _table(frame: pd.DataFrame, *, image: pd.Series, uri_of: Callable[[str], str], source: str) -> pa.Table:
+    splits = frame["split"].fillna("").astype(str) if "split" in frame.columns else pd.Series(["train"] * len(frame))
+    strange = sorted(set(splits) - set(SPLITS))
+    if strange:
+        raise ConfigError(f"dataset: {source!r} has split {strange[0]!r}; known: {', '.join(SPLITS)}")
+    names = [str(name) for name in image]
+    labels = _labels(frame, source)
+    flat = pa.array(labels.ravel(), pa.int8())
+    return pa.table(
+        {
+            "image": names,
+            "uri": [uri_of(name) for name in names],
+            "split": splits.tolist(),
+            "labels": pa.FixedSizeListArray.from_arrays(flat, len(ATTRIBUTES)),
+        },
+        schema=DATASET_SCHEMA,
+    )
+
+
+def _labels(frame: pd.DataFrame, source: str) -> np.ndarray:
+    """int8, shape `(N, 40)`. An attribute without a column is unknown throughout."""
+    labels = np.full((len(frame), len(ATTRIBUTES)), UNKNOWN, np.int8)
+    found = 0
+    for column in frame.columns:
+        try:
+            index = ATTRIBUTES.index(attribute_name(str(column)))
+        except KeyError:
+            continue
+        values = pd.to_numeric(frame[column], errors="coerce").fillna(UNKNOWN).to_numpy()
+        wrong = ~np.isin(values, (0, 1, UNKNOWN))
+        if wrong.any():
+            raise ConfigError(f"dataset: {source!r}, column {column!r}: {values[wrong][0]:g} is neither 0 nor 1")
+        labels[:, index] = values
+        found += 1
+    if found == 0:
+        raise ConfigError(f"dataset: {source!r} has no column named as an attribute ({ATTRIBUTES[0]}, ...)")
+    return labels

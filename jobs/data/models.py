@@ -1,0 +1,29 @@
+"""Checkpoints by name, path or URI."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from jobs.data.object_store import is_s3, join, local_copy
+from mgmtn.checkpoint import CARD_FILE, WEIGHTS_FILE, Checkpoint
+from mgmtn.errors import CheckpointError, ConfigError, FetchError
+
+
+def resolve_model(model: str) -> Checkpoint:
+    """Load a checkpoint.
+
+    Args:
+        model: the name of a model that ships, a local folder, or the URI of a folder in S3.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    if not is_s3(model):
+        return Checkpoint.load(model)
+    with TemporaryDirectory() as folder:
+        for name in (WEIGHTS_FILE, CARD_FILE):
+            try:
+                copy = local_copy(join(model, name))
+            except (ConfigError, FetchError) as error:
+                raise CheckpointError(f"no checkpoint at {model!r}: {error}") from error
+            (Path(folder) / name).symlink_to(copy)
+        return Checkpoint.load(folder)

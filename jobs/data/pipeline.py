@@ -1,0 +1,57 @@
+"""The labelling flow, in one expression: uris -> images -> faces and landmarks -> masks -> model -> table."""
+
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+
+from jobs.cluster import Pools
+from jobs.data.stages import FaceWork, FindFaces, PredictAttributes
+from mgmtn.checkpoint import Checkpoint
+
+# Faces of one block: more than any block holds, so that a block goes through the model whole and the faces of an image
+# stay together. (Ray asks for a number where an actor has a GPU.)
+_WHOLE_BLOCK = 1_000_000
+
+
+def label_flow(
+    due: pa.Table,
+    *,
+    work: FaceWork,
+    checkpoint: "ray.ObjectRef[Checkpoint]",
+    pools: Pools,
+    batch_size: int,
+    images_per_block: int,
+    progress: Any = None,
+) -> ray.data.Dataset:
+    """Images that are due -> rows of the label table.
+
+    Only aligned faces (uint8, about 50 KB each) and packed masks (4 KB) travel between processes.
+
+    Args:
+        due: the plan's rows; at least one. They are cut by count: a block of a table is otherwise cut by its bytes,
+            and a night's plan of a few megabytes would be one task.
+        checkpoint: in the object store, so that each node fetches it once.
+        progress: an actor with `add(counts)`.
+    """
+    blocks = -(-due.num_rows // images_per_block)
+    return (
+        ray.data.from_arrow(due, override_num_blocks=blocks)
+        .map_batches(
+            FindFaces,
+            fn_constructor_args=(work,),
+            batch_format="pyarrow",
+            num_cpus=1,
+            compute=ray.data.ActorPoolStrategy(size=pools.face_workers),
+        )
+        .map_batches(
+            PredictAttributes,
+            fn_constructor_args=(checkpoint, batch_size, max(1, int(pools.cpus_per_model)), progress),
+            batch_size=_WHOLE_BLOCK,
+            batch_format="pyarrow",
+            num_cpus=pools.cpus_per_model,  # 0 beside a GPU: a CPU held there is one face worker fewer
+            num_gpus=pools.gpus_per_model,
+            compute=ray.data.ActorPoolStrategy(size=pools.model_workers),
+        )
+    )

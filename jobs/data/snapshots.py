@@ -1,0 +1,259 @@
+"""The label table's history: numbered snapshots, each the list of files that make the table.
+
+The write of a snapshot's file, possible once for each number, is the commit. A reader takes the highest number. Files
+are never changed: rows are replaced by new files, and a file that held them is rewritten without them, so that the
+files of a snapshot hold each face exactly once.
+"""
+
+import bisect
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+
+from jobs.data.object_store import canonical_uri, is_s3, join, local_copy, local_path, open_store
+from jobs.data.parts import FileFacts, read_parts, write_part
+from jobs.data.schema import SCHEMA_VERSION, TABLE_SCHEMA
+from mgmtn.errors import ConfigError, FetchError, MgmtnError
+
+log = logging.getLogger(__name__)
+
+SNAPSHOT_DIRECTORY: Final = "_snapshots"
+_SNAPSHOT_NAME: Final = re.compile(r"\d{20}\.json")
+_THREADS: Final = 16
+
+
+class SnapshotConflict(MgmtnError):
+    """Another run has committed first; what this one wrote is still there, and its plan is out of date."""
+
+
+class Snapshot(BaseModel):
+    """A committed state of the table."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    number: int = Field(ge=1, description="one more than its parent's")
+    parent: int | None = Field(None, description="the snapshot that it replaces; null for the first")
+    schema_version: int = SCHEMA_VERSION
+    created_at: AwareDatetime
+    run_id: str
+    model_id: str
+    thresholds_id: str | None = None
+    inventory_digest: str = Field(description="of the inventory that was labelled")
+    planned: dict[str, int] = Field(default_factory=dict, description="images due in the run by reason, and `deleted`")
+    images: dict[str, int] = Field(description="all images of the table by status")
+    faces: int = Field(ge=0)
+    files: tuple[FileFacts, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows of all files."""
+        return sum(file.rows for file in self.files)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.bytes for file in self.files)
+
+
+def next_snapshot(
+    parent: Snapshot | None,
+    *,
+    files: Iterable[FileFacts],
+    run_id: str,
+    model_id: str,
+    inventory_digest: str,
+    thresholds_id: str | None = None,
+    planned: dict[str, int] | None = None,
+) -> Snapshot:
+    """The snapshot to commit after `parent`; the table's counts are summed from its files."""
+    listed = tuple(sorted(files, key=lambda file: (file.min_image_id, file.path)))
+    images: Counter[str] = Counter()
+    for file in listed:
+        images.update(file.images)
+    return Snapshot(
+        number=parent.number + 1 if parent else 1,
+        parent=parent.number if parent else None,
+        created_at=datetime.now(UTC),
+        run_id=run_id,
+        model_id=model_id,
+        thresholds_id=thresholds_id,
+        inventory_digest=inventory_digest,
+        planned=planned or {},
+        images=dict(sorted(images.items())),
+        faces=sum(file.faces for file in listed),
+        files=listed,
+    )
+
+
+class LabelTable:
+    """A label table by its folder's URI; there need be nothing yet."""
+
+    def __init__(self, uri: str) -> None:
+        """Raises `ConfigError` for a URI of no known store."""
+        self.uri = canonical_uri(uri)
+        self.store = open_store(self.uri)
+
+    def current(self) -> Snapshot | None:
+        """The latest snapshot; None before the first commit.
+
+        Raises:
+            ConfigError: if the table's store cannot be used or the snapshot is damaged.
+        """
+        numbers = self._numbers()
+        if not numbers:
+            return None
+        number = numbers[-1]
+        # A listing may lag behind where a look-up by name does not.
+        while self._exists(number + 1):
+            number += 1
+        return self.at(number)
+
+    def at(self, number: int) -> Snapshot:
+        """One snapshot of the history.
+
+        Raises:
+            ConfigError: if there is none with this number, or it is damaged.
+        """
+        uri = self._snapshot_uri(number)
+        try:
+            data = self.store.get(uri)
+        except FetchError as error:
+            raise ConfigError(f"{self.uri!r}: snapshot {number} cannot be read: {error}") from error
+        try:
+            return Snapshot.model_validate_json(data)
+        except ValidationError as error:
+            raise ConfigError(f"{uri!r}: not a snapshot: {error}") from error
+
+    def history(self) -> tuple[Snapshot, ...]:
+        """Every snapshot, oldest first."""
+        return tuple(self.at(number) for number in self._numbers())
+
+    def files(self, snapshot: Snapshot) -> tuple[str, ...]:
+        """The URIs of a snapshot's files, for any engine that reads Parquet."""
+        return tuple(self._uri_of(file) for file in snapshot.files)
+
+    def local_files(self, snapshot: Snapshot) -> tuple[Path, ...]:
+        """The same files as local paths, fetched into the cache where the table is in S3.
+
+        Raises:
+            ConfigError: if one is missing or damaged.
+        """
+        if not is_s3(self.uri):
+            return tuple(Path(local_path(uri)) for uri in self.files(snapshot))
+        return tuple(local_copy(self._uri_of(file), sha256=file.sha256) for file in snapshot.files)
+
+    def read(self, snapshot: Snapshot | None, *, columns: Sequence[str]) -> pa.RecordBatchReader:
+        """A snapshot's rows as a stream, file by file, holding one file's row group at a time; no rows for None."""
+        return self.read_files(snapshot.files if snapshot else (), columns=columns)
+
+    def read_files(self, files: Iterable[FileFacts], *, columns: Sequence[str]) -> pa.RecordBatchReader:
+        """The rows of some of the table's files, as `read` streams them."""
+        schema = pa.schema([TABLE_SCHEMA.field(name) for name in columns])
+        uris = [self._uri_of(file) for file in files]
+        batches = (batch.cast(schema) for batch in read_parts(uris, store=self.store, columns=columns))
+        return pa.RecordBatchReader.from_batches(schema, batches)
+
+    def commit(self, snapshot: Snapshot) -> Snapshot:
+        """Make a snapshot the current one.
+
+        Raises:
+            SnapshotConflict: if the number is taken; the other snapshot stays as it is.
+            ConfigError: if a listed file is missing or has another size, or nothing can be written.
+        """
+        assert snapshot.number == (snapshot.parent or 0) + 1, "a snapshot follows its parent"
+        assert len({file.path for file in snapshot.files}) == len(snapshot.files), "a file is listed twice"
+        self._verify(snapshot)
+        data = snapshot.model_dump_json(indent=1).encode()
+        if not self.store.put_if_absent(self._snapshot_uri(snapshot.number), data):
+            raise SnapshotConflict(
+                f"{self.uri!r}: another run committed snapshot {snapshot.number} first; nothing was overwritten. "
+                "Run the same command again: it plans against the new snapshot"
+            )
+        log.info("committed=%d files=%d rows=%d", snapshot.number, len(snapshot.files), snapshot.rows)
+        return snapshot
+
+    def carry_over(self, snapshot: Snapshot | None, *, drop_ids: Iterable[str], run_id: str) -> tuple[FileFacts, ...]:
+        """The files that hold a snapshot's rows without those of some images.
+
+        A file that holds none of them is kept as it is; the others are rewritten into `run_id`'s folder of the same
+        model, their rows otherwise unchanged.
+
+        Args:
+            snapshot: the current one; None for no rows at all.
+            drop_ids: image_ids that are superseded or deleted, whatever model labelled them.
+            run_id: of the run that rewrites.
+
+        Raises:
+            ConfigError: if a file cannot be read or written.
+        """
+        dropped = sorted(set(drop_ids))
+        kept: list[FileFacts] = []
+        for file in snapshot.files if snapshot else ():
+            within = slice(
+                bisect.bisect_left(dropped, file.min_image_id),
+                bisect.bisect_right(dropped, file.max_image_id),
+            )
+            remaining = self._without(file, pa.array(dropped[within], pa.string()), run_id=run_id)
+            kept += [remaining] if remaining else []
+        return tuple(kept)
+
+    def _without(self, file: FileFacts, dropped: pa.Array, *, run_id: str) -> FileFacts | None:
+        if not len(dropped):
+            return file
+        keep = pc.invert(pc.is_in(self._rows(file, columns=["image_id"])["image_id"], value_set=dropped))
+        if pc.all(keep).as_py():
+            return file
+        if not pc.any(keep).as_py():
+            return None
+        return write_part(
+            self._rows(file, columns=TABLE_SCHEMA.names).filter(keep),
+            store=self.store,
+            labels_uri=self.uri,
+            model_id=file.model_id,
+            run_id=run_id,
+            thresholds_id=file.thresholds_id,
+        )
+
+    def _rows(self, file: FileFacts, *, columns: Sequence[str]) -> pa.Table:
+        return pa.Table.from_batches(list(read_parts([self._uri_of(file)], store=self.store, columns=columns)))
+
+    def _verify(self, snapshot: Snapshot) -> None:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            problems = [problem for problem in pool.map(self._problem_with, snapshot.files) if problem]
+        if problems:
+            raise ConfigError(f"snapshot {snapshot.number} is not committed: {'; '.join(problems)}")
+
+    def _problem_with(self, file: FileFacts) -> str:
+        try:
+            found = self.store.stat(self._uri_of(file))
+        except FetchError as error:
+            return str(error)
+        if found is None:
+            return f"{self._uri_of(file)!r} is missing"
+        return "" if found.size == file.bytes else f"{self._uri_of(file)!r} has {found.size} bytes, not {file.bytes}"
+
+    def _numbers(self) -> list[int]:
+        folder = join(self.uri, SNAPSHOT_DIRECTORY) + "/"
+        names = (info.uri.rpartition("/")[2] for info in self.store.list(folder, missing_ok=True))
+        return sorted(int(name.removesuffix(".json")) for name in names if _SNAPSHOT_NAME.fullmatch(name))
+
+    def _exists(self, number: int) -> bool:
+        try:
+            return self.store.stat(self._snapshot_uri(number)) is not None
+        except FetchError as error:
+            raise ConfigError(f"{self.uri!r}: its snapshots cannot be looked up: {error}") from error
+
+    def _uri_of(self, file: FileFacts) -> str:
+        return join(self.uri, file.path)
+
+    def _snapshot_uri(self, number: int) -> str:
+        return join(self.uri, SNAPSHOT_DIRECTORY, f"{number:020d}.json")

@@ -1,0 +1,73 @@
+"""Aligned faces in, 40 calibrated probabilities out. Owns the device, the number format and the memory layout."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mgmtn.attributes import ATTRIBUTES
+from mgmtn.calibration import calibrate
+from mgmtn.checkpoint import Checkpoint
+from mgmtn.errors import ConfigError
+
+
+class Labeller:
+    """A loaded model.
+
+    Args:
+        checkpoint: an attribute network's.
+        device: "cpu", "cuda" or "cuda:1"; None takes a GPU when there is one.
+        batch_size: faces in one forward pass; bounds memory, does not change answers.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, device: str | None = None, batch_size: int = 64) -> None:
+        self.card = checkpoint.card
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.batch_size = batch_size
+        # On a CPU channels-last halves the time of depthwise convolutions; on a GPU tensor cores ask for it.
+        self.network = checkpoint.network().to(self.device).to(memory_format=torch.channels_last)
+        self.thresholds = np.array([self.card.thresholds.get(name, 0.5) for name in ATTRIBUTES], dtype=np.float32)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square that faces must have, pixels."""
+        return self.network.settings.image_size
+
+    def __call__(self, faces: np.ndarray, masks: np.ndarray | None = None) -> np.ndarray:
+        """Label faces.
+
+        Args:
+            faces: aligned RGB faces, uint8, shape `(N, S, S, 3)`, S = `image_size`; N may be 0.
+            masks: group masks, bool, shape `(N, 8, M, M)`: in place of AML's, and required by a model that was
+                trained on landmark masks.
+
+        Returns:
+            float32, shape `(N, 40)`: calibrated probabilities in the order of `ATTRIBUTES`.
+
+        Raises:
+            ConfigError: the faces have another size or type, or masks are missing.
+        """
+        logits = self.logits(faces, masks)
+        return calibrate(logits, self.card.calibration)
+
+    @torch.inference_mode()
+    def logits(self, faces: np.ndarray, masks: np.ndarray | None = None) -> np.ndarray:
+        """Uncalibrated logits, float32, shape `(N, 40)`; arguments as for a call."""
+        size = self.image_size
+        if faces.shape[1:] != (size, size, 3) or faces.dtype != np.uint8:
+            raise ConfigError(f"faces: expected uint8 of shape (N, {size}, {size}, 3), got {faces.dtype} {faces.shape}")
+        out = np.empty((len(faces), len(ATTRIBUTES)), np.float32)
+        for start in range(0, len(faces), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            given = None if masks is None else self._to_device(masks[part]).float()
+            images = self._to_device(faces[part]).permute(0, 3, 1, 2)
+            out[part] = self.network(images, given).float().cpu().numpy()
+        return out
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        # A copy: arrays that arrive from Ray's object store are read-only.
+        return torch.from_numpy(np.array(array)).to(self.device)
+
+    def label_bits(self, probabilities: np.ndarray) -> np.ndarray:
+        """Bit k set where attribute k reaches the model's threshold: uint64, shape `(N,)`."""
+        powers = np.left_shift(np.uint64(1), np.arange(len(ATTRIBUTES), dtype=np.uint64))
+        return ((probabilities >= self.thresholds) * powers).sum(axis=1, dtype=np.uint64)

@@ -1,0 +1,200 @@
+"""MGMTN: mask-guided pooling of a trunk's features, fusion of group and global features (G2FF), one head per group.
+
+Known from the paper: the flow, `Gr_i^j = resize(P_j; F_i) * F_i` for mask j on feature level i, ResNeSt50's F3, F4, F5,
+and that group and global features are fused. Ours: mask-normalised average pooling, the fusion's operators, soft masks.
+"""
+
+from typing import Literal, Self
+
+import timm
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from mgmtn.attributes import ATTRIBUTES, GROUP_ATTRIBUTES, GROUPS
+from mgmtn.errors import ConfigError
+from mgmtn.mask_net import MaskNet, MaskNetSettings
+
+# Shapes: B faces, 3 colours, S x S the model's square, C channels, H x W feature cells, M x M mask cells,
+# G facial groups, D width of a group's feature, A attributes.
+
+MaskSource = Literal["learned", "landmarks", "ones"]
+Fusion = Literal["concat", "add", "gate", "none"]
+
+
+class NetworkSettings(BaseModel):
+    """MGMTN's architecture; part of a checkpoint."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    backbone: str = Field("efficientnet_lite0", description="trunk's name in timm; the paper's is resnest50d")
+    image_size: int = Field(128, ge=32, description="side of the model's square, pixels; the paper's is 227")
+    levels: tuple[int, ...] = Field((3, 4, 5), description="feature levels that masks pool: level i has stride 2^i")
+    masks: MaskSource = Field("learned", description="where group masks come from; ones: plain average pooling")
+    fusion: Fusion = Field("concat", description="how a group's feature meets the global one (G2FF); none: it does not")
+    width: int = Field(128, ge=8, description="channels of each group's fused feature")
+    dropout: float = Field(0.2, ge=0, lt=1, description="share of fused features dropped in training")
+    pixel_mean: float = Field(127.0, description="subtracted from pixels of 0 to 255")
+    pixel_std: float = Field(128.0, gt=0, description="pixels are divided by it, after the mean's subtraction")
+    mask_net: MaskNetSettings = Field(default=MaskNetSettings(), description="AML's architecture, for learned masks")
+
+
+def pool_by_group(features_BCHW: Tensor, masks_BGHW: Tensor) -> Tensor:
+    """Average the features under each facial group's mask; an empty mask pools to zeros.
+
+    Equals the global average of the paper's `Gr^j`, rescaled by the mask's area, without building G masked maps.
+
+    Returns:
+        Shape `(B, G, C)`.
+    """
+    area_BG11 = masks_BGHW.sum(dim=(2, 3), keepdim=True)
+    weights_BGHW = masks_BGHW / area_BG11.clamp_min(1e-6)
+    return torch.einsum("bchw,bghw->bgc", features_BCHW, weights_BGHW)
+
+
+class GroupLinear(nn.Module):
+    """One linear layer per facial group, run as one batched product."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight_GIO = nn.Parameter(torch.empty(len(GROUPS), inputs, outputs))
+        self.bias_GO = nn.Parameter(torch.zeros(len(GROUPS), outputs))
+        nn.init.trunc_normal_(self.weight_GIO, std=inputs**-0.5)
+
+    def forward(self, x_BGI: Tensor) -> Tensor:
+        return torch.einsum("bgi,gio->bgo", x_BGI, self.weight_GIO) + self.bias_GO
+
+
+class GroupGlobalFusion(nn.Module):
+    """G2FF with our operators: project group and global features to one width, then fuse them per group."""
+
+    def __init__(self, *, group_channels: int, global_channels: int, width: int, fusion: Fusion) -> None:
+        super().__init__()
+        self.fusion = fusion
+        self.project_group = GroupLinear(group_channels, width)
+        # Not made where it is not used: distributed training asks a gradient of every parameter.
+        self.project_global = nn.Linear(global_channels, width) if fusion != "none" else None
+        self.mix = GroupLinear(2 * width if fusion in ("concat", "gate") else width, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, groups_BGC: Tensor, global_BC: Tensor) -> Tensor:
+        """Fuse to shape `(B, G, D)`."""
+        group_BGD = self.project_group(groups_BGC)
+        if self.project_global is None:
+            return nn.functional.silu(self.norm(self.mix(group_BGD)))
+        global_BGD = self.project_global(global_BC)[:, None].expand_as(group_BGD)
+        match self.fusion:
+            case "add":
+                fused = self.mix(group_BGD + global_BGD)
+            case "concat":
+                fused = self.mix(torch.cat([group_BGD, global_BGD], dim=2))
+            case _:
+                gate = torch.sigmoid(self.mix(torch.cat([group_BGD, global_BGD], dim=2)))
+                fused = gate * group_BGD + (1 - gate) * global_BGD
+        return nn.functional.silu(self.norm(fused))
+
+
+class GroupHeads(nn.Module):
+    """One linear head per group for its attributes: row a of the weights belongs to a's group."""
+
+    group_of_A: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        owner = {name: GROUPS.index(group) for group, names in GROUP_ATTRIBUTES.items() for name in names}
+        self.register_buffer("group_of_A", torch.tensor([owner[name] for name in ATTRIBUTES]), persistent=False)
+        self.weight_AD = nn.Parameter(torch.empty(len(ATTRIBUTES), width))
+        self.bias_A = nn.Parameter(torch.zeros(len(ATTRIBUTES)))
+        nn.init.trunc_normal_(self.weight_AD, std=0.02)
+
+    def forward(self, fused_BGD: Tensor) -> Tensor:
+        return (fused_BGD[:, self.group_of_A] * self.weight_AD).sum(-1) + self.bias_A
+
+
+class Trunk(nn.Module):
+    """A timm network as a source of features at chosen levels; the deepest level is the trunk's last map.
+
+    For an EfficientNet that map is the one after the 1x1 "head" convolution, whose ImageNet weights are worth keeping.
+    """
+
+    def __init__(self, name: str, levels: tuple[int, ...]) -> None:
+        super().__init__()
+        try:
+            self.net = timm.create_model(name, pretrained=False, num_classes=0, global_pool="")
+        except RuntimeError as error:  # timm's answer to an unknown name
+            raise ConfigError(f"backbone: {name!r} is not a network of timm: {error}") from error
+        position = {int(info["reduction"]): index for index, info in enumerate(self.net.feature_info)}
+        missing = [level for level in levels if 2**level not in position]
+        if missing or not levels:
+            strides = sorted(position)
+            raise ConfigError(f"levels: {name} has features of strides {strides}, so none for levels {missing}")
+        self.last_map_channels = int(self.net.num_features)
+        last_stride = max(position)
+        self.positions = [position[2**level] for level in levels if 2**level != last_stride]
+        self.uses_last_map = any(2**level == last_stride for level in levels)
+        self.channels = [int(self.net.feature_info[index]["num_chs"]) for index in self.positions]
+        if self.uses_last_map:
+            self.channels.append(self.last_map_channels)
+
+    def forward(self, images_B3SS: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return the maps of the chosen levels, shallow first, and the last map."""
+        last_BCHW, maps = self.net.forward_intermediates(images_B3SS, indices=self.positions)
+        return [*maps, last_BCHW] if self.uses_last_map else maps, last_BCHW
+
+
+class MGMTN(nn.Module):
+    """Aligned faces to 40 attribute logits."""
+
+    def __init__(self, settings: NetworkSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.trunk = Trunk(settings.backbone, settings.levels)
+        self.mask_net = MaskNet(settings.mask_net) if settings.masks == "learned" else None
+        self.fuse = GroupGlobalFusion(
+            group_channels=sum(self.trunk.channels),
+            global_channels=self.trunk.last_map_channels,
+            width=settings.width,
+            fusion=settings.fusion,
+        )
+        self.dropout = nn.Dropout(settings.dropout)
+        self.heads = GroupHeads(settings.width)
+
+    def forward(self, images_B3SS: Tensor, masks_BGMM: Tensor | None = None) -> Tensor:
+        """Predict attribute logits.
+
+        Args:
+            images_B3SS: pixels of 0 to 255, any dtype, S = `settings.image_size`.
+            masks_BGMM: group masks in [0, 1], any size, over the whole square; required when `settings.masks` is
+                "landmarks", and taken in place of AML's when given to a network with learned masks.
+
+        Returns:
+            Logits, shape `(B, 40)`, in the order of `ATTRIBUTES`.
+        """
+        images_B3SS = images_B3SS.float()
+        masks_BGMM = self.soft_masks(images_B3SS, masks_BGMM)
+        maps, last_BCHW = self.trunk((images_B3SS - self.settings.pixel_mean) / self.settings.pixel_std)
+        pooled = [pool_by_group(features_BCHW, resize_masks(masks_BGMM, features_BCHW)) for features_BCHW in maps]
+        fused_BGD = self.fuse(torch.cat(pooled, dim=2), last_BCHW.mean(dim=(2, 3)))
+        return self.heads(self.dropout(fused_BGD))
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module, but a frozen mask network keeps the statistics that it was trained with."""
+        super().train(mode)
+        if self.mask_net is not None and not any(p.requires_grad for p in self.mask_net.parameters()):
+            self.mask_net.eval()
+        return self
+
+    def soft_masks(self, images_B3SS: Tensor, given_BGMM: Tensor | None = None) -> Tensor:
+        """The masks that guide the pooling: those given, AML's prediction, or ones; in [0, 1]."""
+        if self.settings.masks == "ones":
+            return images_B3SS.new_ones(len(images_B3SS), len(GROUPS), 1, 1)
+        if given_BGMM is not None:
+            return given_BGMM.to(images_B3SS.dtype)
+        if self.mask_net is None:
+            raise ConfigError("masks: this network was built for landmark masks and got none")
+        return torch.sigmoid(self.mask_net(images_B3SS))
+
+
+def resize_masks(masks_BGMM: Tensor, features_BCHW: Tensor) -> Tensor:
+    """Average masks down to a feature map's cells (nearest sampling loses small groups on a 4 x 4 grid)."""
+    return nn.functional.adaptive_avg_pool2d(masks_BGMM, features_BCHW.shape[-2:])
