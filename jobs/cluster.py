@@ -30,8 +30,12 @@ class ClusterSettings(BaseModel):
 
 
 @contextmanager
-def joined(settings: ClusterSettings) -> Iterator[None]:
+def joined(settings: ClusterSettings, *, dashboard: bool = False) -> Iterator[None]:
     """Be a driver of the cluster; a cluster that was started for this ends with it.
+
+    Args:
+        settings: which cluster.
+        dashboard: start one with a cluster on this machine; Ray Train asks it whether its controller lives.
 
     Raises:
         ConfigError: no cluster answers at the address.
@@ -40,6 +44,7 @@ def joined(settings: ClusterSettings) -> Iterator[None]:
         yield
         return
     address = settings.address or os.environ.get("RAY_ADDRESS")
+    _quieten()
     if address is None:
         _secure_private_cluster()
     try:
@@ -47,14 +52,13 @@ def joined(settings: ClusterSettings) -> Iterator[None]:
             address=address,
             num_cpus=settings.num_cpus if address is None else None,
             object_store_memory=int(settings.object_store_gb * 1e9) if address is None else None,
-            include_dashboard=False if address is None else None,
+            include_dashboard=dashboard if address is None else None,
             log_to_driver=True,
             logging_level=logging.WARNING,
         )
     except (ConnectionError, ValueError) as error:
         raise ConfigError(f"address: no Ray cluster at {address!r}: {error}") from error
     try:
-        _quieten()
         log.info("event=joined address=%s resources=%s", address or "this_machine", totals())
         yield
     finally:
@@ -76,8 +80,12 @@ def _quieten() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    if not log.isEnabledFor(logging.DEBUG):
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
+    if log.isEnabledFor(logging.DEBUG):
+        return
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # What they warn of is what we chose: our own progress, and a private cluster's token.
+    for name in ("ray.data._internal.progress", "ray._private.authentication.authentication_token_setup"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def totals() -> dict[str, float]:

@@ -220,7 +220,7 @@ def _caption(face: Mapping[str, Any], *, attributes: Sequence[str]) -> str:
     if face["face_index"] is None or face["face_index"] < 0:
         return f"{name}\n{face['status']}"
     lines = [f"{attribute} {face[attribute]:.2f}" for attribute in attributes if face[attribute] is not None]
-    return "\n".join([f"{name} #{face['face_index']}", *lines])
+    return "\n".join([f"#{face['face_index']} {name}", *lines])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

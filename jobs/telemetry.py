@@ -37,8 +37,9 @@ class WorkProgress:
             self._bar.update(self._task, completed=done, rate=f"{rate:.1f} {self.unit}/s {note}")
         elif now - self.last_line >= LOG_INTERVAL:
             self.last_line = now
-            left = (self.total - done) / rate if rate else float("inf")
-            log.info("progress=%s done=%d total=%d rate=%.1f/s eta=%.0fs %s", self.name, done, self.total, rate, left, note)
+            left = f"{(self.total - done) / rate:.0f}s" if rate else "unknown"
+            line = "progress=%s done=%d total=%d rate=%.1f/s eta=%s %s"
+            log.info(line, self.name, done, self.total, rate, left, note)
 
 
 @contextmanager

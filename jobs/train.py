@@ -254,7 +254,7 @@ def train(settings: TrainSettings, task: Task) -> tuple[dict[str, Tensor], Tenso
     output = settings.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     config = LoopConfig(task, settings.optimisation, settings.augment, settings.threads, log_folder=str(output))
-    with joined(settings.cluster):
+    with joined(settings.cluster, dashboard=True):
         _check_fit(settings)
         trainer = ray.train.torch.TorchTrainer(
             train_worker,

@@ -25,7 +25,7 @@ def calibrate(logits: np.ndarray, calibration: Mapping[str, Calibration]) -> np.
     scalings = [calibration.get(name, Calibration()) for name in ATTRIBUTES]
     slope = np.array([scaling.slope for scaling in scalings], np.float32)
     intercept = np.array([scaling.intercept for scaling in scalings], np.float32)
-    return torch.sigmoid(torch.from_numpy(logits * slope + intercept)).numpy()
+    return torch.sigmoid(torch.from_numpy(logits * slope + intercept).float()).numpy()
 
 
 def fit_calibration(logits: np.ndarray, labels: np.ndarray, known: np.ndarray) -> dict[str, Calibration]:

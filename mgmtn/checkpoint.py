@@ -59,7 +59,7 @@ class Card(BaseModel):
     @property
     def model_id(self) -> str:
         """The name and twelve hexadecimal digits of what decides the model's answers."""
-        content = self.model_dump_json(exclude={"training", "accuracy", "versions"})
+        content = json.dumps(self.model_dump(mode="json", exclude={"training", "accuracy", "versions"}), sort_keys=True)
         return f"{self.name}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
     @property
@@ -79,7 +79,7 @@ class Checkpoint:
     def of(cls, module: nn.Module, card: Card, *, half: bool = False) -> Self:
         """Take a network's weights; `half` stores matrices and kernels in 16 bits, vectors stay at 32."""
         tensors = {
-            name: value.detach().cpu().contiguous().to(torch.float16 if half and value.ndim > 1 else value.dtype)
+            name: value.detach().cpu().contiguous().to(_stored_type(value, half=half))
             for name, value in module.state_dict().items()
         }
         weights = safetensors.torch.save(tensors)
@@ -116,6 +116,9 @@ class Checkpoint:
                 f"{folder / WEIGHTS_FILE} is damaged or another model's: sha256 {found}, "
                 f"the card says {self.card.weights_sha256}"
             )
+        # Order counts: channel k of a mask network is group k.
+        if tuple(self.card.groups.items()) != tuple(GROUP_ATTRIBUTES.items()):
+            raise CheckpointError(f"{folder}: made for another partition into groups: {self.card.groups}")
         if self.card.kind == "attributes" and self.card.attributes != ATTRIBUTES:
             raise CheckpointError(f"{folder}: made for another set of attributes: {', '.join(self.card.attributes)}")
         return self
@@ -164,6 +167,10 @@ def _filled(module: M, tensors: Mapping[str, Tensor], card: Card) -> M:
     except RuntimeError as error:  # torch's answer to missing, unknown or misshapen tensors
         raise CheckpointError(f"the weights of {card.name} do not fit its card's network: {error}") from error
     return module.eval()
+
+
+def _stored_type(value: Tensor, *, half: bool) -> torch.dtype:
+    return torch.float16 if half and value.ndim > 1 and value.is_floating_point() else value.dtype
 
 
 def shipped_models() -> list[str]:

@@ -3,6 +3,7 @@
 An image is RGB uint8 `(H, W, 3)` throughout, upright: EXIF orientation is applied on decoding.
 """
 
+import re
 import struct
 import warnings
 import zlib
@@ -10,17 +11,34 @@ from io import BytesIO
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field
 from skimage.transform import SimilarityTransform
 
 from mgmtn.errors import DecodeError, ImageTooLarge, ImageTooSmall, UnsupportedImage
 
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # MPO opens as JPEG and has no entry of its own
+_SIGNATURE = re.compile(
+    rb"\xff\xd8\xff|\x89PNG|RIFF.{4}WEBP|GIF8[79]a|BM.{4}\0{4}|II[*+]\0|MM\0[*+]",
+    re.DOTALL,
+)
 
 # What Pillow's decoders raise on damaged files (found by mutating files, see the tests).
-_DAMAGE = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error, zlib.error)
+_DAMAGE = (
+    *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError),
+    *(OverflowError, struct.error, zlib.error),
+)
+
+# EXIF orientation to what turns the stored picture upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # Five points of an upright face in units of the distance between the eye centres, origin midway between the eyes:
 # eyes, nose tip, mouth corners, image-left first. Ratios of the ArcFace template (Deng et al., arXiv 1801.07698).
@@ -36,7 +54,12 @@ class ImageLimits(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_bytes: int = Field(64 * 2**20, gt=0, description="largest image file, bytes")
-    max_pixels: int = Field(100_000_000, gt=0, description="largest image, width x height in pixels")
+    max_pixels: int = Field(
+        100_000_000,
+        gt=0,
+        le=178_000_000,
+        description="largest image, width x height in pixels; Pillow stops just above",
+    )
     min_side: int = Field(16, ge=1, description="smallest width or height, pixels")
 
 
@@ -67,7 +90,9 @@ def decode_image(data: bytes, *, limits: ImageLimits) -> np.ndarray:
             raise _refusal(data, error) from error
         _check_size(image, limits)
         try:
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+            return np.asarray(_to_rgb(_upright(image)))
+        except Image.DecompressionBombError as error:  # a frame or a tile may claim more than the image
+            raise ImageTooLarge(str(error)) from error
         except _DAMAGE as error:
             raise DecodeError(f"damaged {image.format}: {_reason(error)}") from error
 
@@ -81,13 +106,25 @@ def _check_size(image: Image.Image, limits: ImageLimits) -> None:
 
 
 def _refusal(data: bytes, error: Exception) -> DecodeError | UnsupportedImage:
-    if data.startswith(_SIGNATURES):
-        return DecodeError(f"damaged header: {_reason(error)}")
-    return UnsupportedImage(f"not an image of a known format; it starts with {data[:12]!r}")
+    if not _SIGNATURE.match(data):
+        return UnsupportedImage(f"not an image of a known format; it starts with {data[:12]!r}")
+    return DecodeError(f"damaged header: {_reason(error)}")
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its text names an object in memory, and no reason
+        return "no decoder takes it"
     return f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Decode, then apply the EXIF orientation (Pillow's own way also writes the EXIF anew, and fails on odd ones)."""
+    image.load()
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except _DAMAGE:
+        return image  # a torn EXIF block leaves the pixels good
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -102,10 +139,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _scale_to_8_bits(image: Image.Image) -> Image.Image:
     """Scale 16-bit integers by their full range, floats by 1.0 or by their maximum when above it."""
-    pixels = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    pixels = np.nan_to_num(np.asarray(image, dtype=np.float32)).clip(min=0)
     top = 1.0 if image.mode == "F" else 65535.0
-    pixels = np.clip(pixels, 0, None) / max(top, float(pixels.max()))
-    return Image.fromarray(np.rint(pixels * 255).astype(np.uint8))
+    pixels *= 255 / max(top, float(pixels.max()))
+    return Image.fromarray(np.rint(pixels).astype(np.uint8))
 
 
 def sharpness(face: np.ndarray) -> float:
@@ -170,37 +207,43 @@ def warp_face(image: np.ndarray, transform: np.ndarray, *, size: int) -> np.ndar
     """
     scale = float(np.hypot(transform[0, 0], transform[1, 0]))
     # Bilinear sampling of a face many times larger than the square would alias: average it down first.
-    reduction = int(1 / scale) if scale < 1 else 1
-    if reduction > 1:
-        image, transform = _reduce_region(image, transform, size=size, reduction=reduction)
+    reduction = min(int(1 / scale), *image.shape[:2]) if scale < 1 else 1
+    image, transform = _reduce_region(image, transform, size=size, reduction=reduction)
     return cv2.warpAffine(image, transform, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
 def _reduce_region(
     image: np.ndarray, transform: np.ndarray, *, size: int, reduction: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Crop the part of an image that the square sees and average it down by a whole factor."""
+    """Crop the part of an image that the square sees and average it down.
+
+    The cells that are averaged lie on multiples of `reduction` in the image, whatever part of it is seen: so squares
+    with and without a margin agree.
+    """
     height, width = image.shape[:2]
     corners = np.array([[0, 0, 1], [size, 0, 1], [0, size, 1], [size, size, 1]], dtype=np.float64)
-    seen = corners @ cv2.invertAffineTransform(transform).T
-    left, top = np.clip(np.floor(seen.min(0)).astype(int) - reduction, 0, [width - 1, height - 1])
-    right, bottom = np.clip(np.ceil(seen.max(0)).astype(int) + reduction, [left + 1, top + 1], [width, height])
+    seen = corners @ cv2.invertAffineTransform(transform).T / reduction  # in cells
+    cells = -(-np.array([width, height]) // reduction)
+    left, top = np.clip(np.floor(seen.min(0)) - 1, 0, cells - 1).astype(int) * reduction
+    right, bottom = np.clip(np.ceil(seen.max(0)) + 2, 1, cells).astype(int) * reduction
+    right, bottom = max(right, left + reduction), max(bottom, top + reduction)
     region = image[top:bottom, left:right]
-    reduced = cv2.resize(
-        region,
-        (max(1, round(region.shape[1] / reduction)), max(1, round(region.shape[0] / reduction))),
-        interpolation=cv2.INTER_AREA,
-    )
-    factor_x, factor_y = region.shape[1] / reduced.shape[1], region.shape[0] / reduced.shape[0]
-    # A reduced pixel's centre u lies at factor * (u + 0.5) - 0.5 + left in the image.
-    to_image = np.array([[factor_x, 0, factor_x / 2 - 0.5 + left], [0, factor_y, factor_y / 2 - 0.5 + top], [0, 0, 1]])
-    return reduced, transform @ to_image
+    if reduction > 1:
+        # The image's last cells may be cut: fill them up.
+        below, beside = bottom - top - region.shape[0], right - left - region.shape[1]
+        region = cv2.copyMakeBorder(region, 0, below, 0, beside, cv2.BORDER_REPLICATE)
+        reduced = (region.shape[1] // reduction, region.shape[0] // reduction)
+        region = cv2.resize(region, reduced, interpolation=cv2.INTER_AREA)
+    # A cell's centre u lies at reduction * (u + 0.5) - 0.5 + left in the image.
+    shift = reduction / 2 - 0.5
+    to_image = np.array([[reduction, 0, shift + left], [0, reduction, shift + top], [0, 0, 1]])
+    return region, transform @ to_image
 
 
 def align_face(image: np.ndarray, landmarks: np.ndarray, *, size: int, margin: int = 0) -> np.ndarray:
     """Cut a face out of an image, upright, at the model's scale.
 
-    Without margin the result equals the middle of the result with one, pixel by pixel.
+    Without margin the result equals the middle of the result with one (a pixel may round to the next grey level).
 
     Args:
         image: RGB uint8, shape `(H, W, 3)`.

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mgmtn.attributes import ATTRIBUTES
+from mgmtn.attributes import ATTRIBUTES, GROUPS
 from mgmtn.calibration import calibrate
 from mgmtn.checkpoint import Checkpoint
 from mgmtn.errors import ConfigError
@@ -44,7 +44,7 @@ class Labeller:
             float32, shape `(N, 40)`: calibrated probabilities in the order of `ATTRIBUTES`.
 
         Raises:
-            ConfigError: the faces have another size or type, or masks are missing.
+            ConfigError: the faces have another size or type, or masks are missing or of another shape.
         """
         logits = self.logits(faces, masks)
         return calibrate(logits, self.card.calibration)
@@ -55,6 +55,8 @@ class Labeller:
         size = self.image_size
         if faces.shape[1:] != (size, size, 3) or faces.dtype != np.uint8:
             raise ConfigError(f"faces: expected uint8 of shape (N, {size}, {size}, 3), got {faces.dtype} {faces.shape}")
+        if masks is not None and (masks.ndim != 4 or masks.shape[:2] != (len(faces), len(GROUPS))):
+            raise ConfigError(f"masks: expected shape ({len(faces)}, {len(GROUPS)}, M, M), got {masks.shape}")
         out = np.empty((len(faces), len(ATTRIBUTES)), np.float32)
         for start in range(0, len(faces), self.batch_size):
             part = slice(start, start + self.batch_size)

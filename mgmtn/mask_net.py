@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from mgmtn.attributes import GROUPS
+from mgmtn.errors import ConfigError
 
 # Shapes: B faces, 3 colours, S x S the model's square, R x R the mask network's view, G facial groups.
 
@@ -21,7 +22,11 @@ class MaskNetSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    encoder: str = Field("tu-mobilenetv3_small_050", description="encoder's name in segmentation-models-pytorch")
+    encoder: str = Field(
+        "tu-mobilenetv3_small_050",
+        pattern=r"^[\w.-]+$",  # no colon: `tu-hf-hub:...` would be fetched from the network
+        description="encoder's name in segmentation-models-pytorch",
+    )
     depth: int = Field(5, ge=3, le=5, description="encoder stages, each half the size of the one before")
     decoder_channels: tuple[int, ...] = Field(
         (96, 64, 32, 24, 16), description="channels of each decoder block, deepest first"
@@ -38,18 +43,25 @@ class MaskNetSettings(BaseModel):
 
 
 class MaskNet(nn.Module):
-    """Image to one mask per facial group."""
+    """Image to one mask per facial group.
+
+    Raises:
+        ConfigError: the settings name no encoder.
+    """
 
     def __init__(self, settings: MaskNetSettings) -> None:
         super().__init__()
         self.settings = settings
-        self.unet = smp.Unet(
-            settings.encoder,
-            encoder_depth=settings.depth,
-            encoder_weights=None,
-            decoder_channels=settings.decoder_channels,
-            classes=len(GROUPS),
-        )
+        try:
+            self.unet = smp.Unet(
+                settings.encoder,
+                encoder_depth=settings.depth,
+                encoder_weights=None,
+                decoder_channels=settings.decoder_channels,
+                classes=len(GROUPS),
+            )
+        except (KeyError, RuntimeError) as error:  # the package's and timm's answers to an unknown name
+            raise ConfigError(f"encoder: {settings.encoder!r} cannot be built: {error}") from error
 
     def forward(self, images_B3SS: Tensor) -> Tensor:
         """Predict mask logits.

@@ -66,7 +66,7 @@ class _Canvas:
         points = np.clip(points, -8 * self.size, 9 * self.size)
         fixed = np.rint(points * 2**_SUBPIXEL_BITS).astype(np.int32)[None]
         cv2.fillPoly(canvas, fixed, 1, shift=_SUBPIXEL_BITS)
-        stroke = round(2 * dilate * self.unit)
+        stroke = min(round(2 * dilate * self.unit), 8 * self.size)  # OpenCV refuses what is absurdly thick
         if stroke > 0:
             cv2.polylines(canvas, fixed, isClosed=True, color=1, thickness=stroke, shift=_SUBPIXEL_BITS)
         return canvas.astype(bool)
@@ -123,6 +123,10 @@ def pack_masks(masks: np.ndarray) -> bytes:
 
 
 def unpack_masks(packed: bytes, *, mask_size: int = MASK_SIZE) -> np.ndarray:
-    """The inverse of `pack_masks`: bool, shape `(8, mask_size, mask_size)`."""
-    shape = (len(GROUPS), mask_size, mask_size)
-    return np.unpackbits(np.frombuffer(packed, np.uint8), count=int(np.prod(shape))).reshape(shape).astype(bool)
+    """The inverse of `pack_masks`: bool, shape `(8, mask_size, mask_size)`.
+
+    Raises:
+        ValueError: the bytes are of masks of another size.
+    """
+    bits = np.unpackbits(np.frombuffer(packed, np.uint8))
+    return bits.reshape(len(GROUPS), mask_size, mask_size).astype(bool)

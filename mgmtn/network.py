@@ -4,11 +4,11 @@ Known from the paper: the flow, `Gr_i^j = resize(P_j; F_i) * F_i` for mask j on 
 and that group and global features are fused. Ours: mask-normalised average pooling, the fusion's operators, soft masks.
 """
 
-from typing import Literal, Self
+from typing import Any, Literal, Self, cast
 
 import timm
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from mgmtn.attributes import ATTRIBUTES, GROUP_ATTRIBUTES, GROUPS
@@ -27,7 +27,10 @@ class NetworkSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    backbone: str = Field("efficientnet_lite0", description="trunk's name in timm; the paper's is resnest50d")
+    # No colon: timm would fetch `hf-hub:...` from the network, and with it whatever a checkpoint's card names.
+    backbone: str = Field(
+        "efficientnet_lite0", pattern=r"^[\w.-]+$", description="trunk's name in timm; the paper's is resnest50d"
+    )
     image_size: int = Field(128, ge=32, description="side of the model's square, pixels; the paper's is 227")
     levels: tuple[int, ...] = Field((3, 4, 5), description="feature levels that masks pool: level i has stride 2^i")
     masks: MaskSource = Field("learned", description="where group masks come from; ones: plain average pooling")
@@ -37,6 +40,13 @@ class NetworkSettings(BaseModel):
     pixel_mean: float = Field(127.0, description="subtracted from pixels of 0 to 255")
     pixel_std: float = Field(128.0, gt=0, description="pixels are divided by it, after the mean's subtraction")
     mask_net: MaskNetSettings = Field(default=MaskNetSettings(), description="AML's architecture, for learned masks")
+
+    @field_validator("levels")
+    @classmethod
+    def _each_level_once(cls, levels: tuple[int, ...]) -> tuple[int, ...]:
+        if list(levels) != sorted(set(levels)):
+            raise ValueError(f"levels {levels} must rise, each named once")
+        return levels
 
 
 def pool_by_group(features_BCHW: Tensor, masks_BGHW: Tensor) -> Tensor:
@@ -120,7 +130,7 @@ class Trunk(nn.Module):
     def __init__(self, name: str, levels: tuple[int, ...]) -> None:
         super().__init__()
         try:
-            self.net = timm.create_model(name, pretrained=False, num_classes=0, global_pool="")
+            self.net: Any = cast(Any, timm.create_model(name, pretrained=False, num_classes=0, global_pool=""))
         except RuntimeError as error:  # timm's answer to an unknown name
             raise ConfigError(f"backbone: {name!r} is not a network of timm: {error}") from error
         position = {int(info["reduction"]): index for index, info in enumerate(self.net.feature_info)}
@@ -138,6 +148,9 @@ class Trunk(nn.Module):
 
     def forward(self, images_B3SS: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the maps of the chosen levels, shallow first, and the last map."""
+        if not self.positions:  # which timm cannot be asked for
+            last_BCHW = self.net.forward_features(images_B3SS)
+            return [last_BCHW], last_BCHW
         last_BCHW, maps = self.net.forward_intermediates(images_B3SS, indices=self.positions)
         return [*maps, last_BCHW] if self.uses_last_map else maps, last_BCHW
 
@@ -197,4 +210,5 @@ class MGMTN(nn.Module):
 
 def resize_masks(masks_BGMM: Tensor, features_BCHW: Tensor) -> Tensor:
     """Average masks down to a feature map's cells (nearest sampling loses small groups on a 4 x 4 grid)."""
-    return nn.functional.adaptive_avg_pool2d(masks_BGMM, features_BCHW.shape[-2:])
+    height, width = features_BCHW.shape[-2:]
+    return nn.functional.adaptive_avg_pool2d(masks_BGMM, (height, width))
