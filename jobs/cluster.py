@@ -94,38 +94,50 @@ def totals() -> dict[str, float]:
     return {name: float(resources.get(name, 0.0)) for name in ("CPU", "GPU")}
 
 
+# Without a GPU a face worker and a model worker share a core, and the system balances them by what each face costs.
+# A model worker that holds a core for itself idles while faces are sought: measured at half the speed (make bench).
+FACE_CPUS, MODEL_CPUS = 0.75, 0.25
+
+
 @dataclass(frozen=True)
 class Pools:
     """How a labelling job shares the cluster between its two pools of actors."""
 
     face_workers: int
     model_workers: int
-    gpus_per_model: float
+    cpus_per_face: float
     cpus_per_model: float
+    gpus_per_model: float
 
 
 def share(*, cpus: float, gpus: float, face_workers: int | None, model_workers: int | None) -> Pools:
-    """Divide the cluster between face workers (a CPU each) and model workers (a GPU each, or else a CPU each).
+    """Divide the cluster between the processes that find faces and those that run the model.
 
-    Without wishes: a model worker on every GPU and face workers on every CPU; or, without GPUs, two face workers for
-    each model worker, the ratio of their times per face.
+    Without wishes: a face worker on every CPU, and a model worker on every GPU, or beside every face worker where there
+    is no GPU.
 
     Raises:
         ConfigError: the pools do not fit the cluster.
     """
     on_gpu = gpus >= 1
     if model_workers is None:
-        model_workers = int(gpus) if on_gpu else max(1, int(cpus) // 3)
-    cpus_per_model = 0.0 if on_gpu else 1.0
+        model_workers = int(gpus) if on_gpu else max(1, int(cpus))
     if face_workers is None:
-        face_workers = int(cpus - model_workers * cpus_per_model)
+        face_workers = max(1, int(cpus))
+    pools = Pools(
+        face_workers=face_workers,
+        model_workers=model_workers,
+        cpus_per_face=1.0 if on_gpu else FACE_CPUS,
+        cpus_per_model=0.0 if on_gpu else MODEL_CPUS,  # a CPU held beside a GPU is one face worker fewer
+        gpus_per_model=1.0 if on_gpu else 0.0,
+    )
     if on_gpu and model_workers > gpus:
         raise ConfigError(f"model_workers: {model_workers} need a GPU each, the cluster has {gpus:g}")
-    needed = face_workers + model_workers * cpus_per_model
-    if face_workers < 1 or needed > cpus:
+    needed = face_workers * pools.cpus_per_face + model_workers * pools.cpus_per_model
+    if needed > cpus:
         raise ConfigError(
-            f"face_workers, model_workers: {max(face_workers, 1)} + {model_workers} actors need "
-            f"{max(face_workers, 1) + model_workers * cpus_per_model:g} CPUs, the cluster has {cpus:g}; "
+            f"face_workers, model_workers: {face_workers} + {model_workers} processes need {needed:g} CPUs "
+            f"({pools.cpus_per_face:g} and {pools.cpus_per_model:g} each), the cluster has {cpus:g}; "
             "ask for fewer, or give the cluster more (on this machine: --cluster.num-cpus)"
         )
-    return Pools(face_workers, model_workers, gpus_per_model=1.0 if on_gpu else 0.0, cpus_per_model=cpus_per_model)
+    return pools

@@ -14,11 +14,10 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.data
@@ -70,10 +69,10 @@ class LabelSettings(DetectionSettings, Settings):
         0.5, ge=0, le=1, description="share of this run's images that may fail (unreadable, damaged, no image at all)"
     )
     face_workers: PositiveInt | None = Field(
-        None, description="processes that read images and find faces, a CPU each; unset: what the models leave free"
+        None, description="processes that read images and find faces; unset: one for each CPU"
     )
     model_workers: PositiveInt | None = Field(
-        None, description="processes that run the model, a GPU each, or a CPU each where there is none; unset: all GPUs"
+        None, description="processes that run the model, a GPU each; unset: all GPUs, or without any one for each CPU"
     )
     batch_size: PositiveInt = Field(64, description="faces in one forward pass; bounds GPU memory")
     images_per_block: PositiveInt = Field(32, description="images that a worker takes at a time")
@@ -197,12 +196,7 @@ def label(settings: LabelSettings, job: Run) -> tuple[FileFacts, ...]:
 def _no_more_than_blocks(pools: Pools, images: int, images_per_block: int) -> Pools:
     """A small job starts no more processes than it has blocks for: each takes seconds to start."""
     blocks = -(-images // images_per_block)
-    return Pools(
-        face_workers=min(pools.face_workers, blocks),
-        model_workers=min(pools.model_workers, blocks),
-        gpus_per_model=pools.gpus_per_model,
-        cpus_per_model=pools.cpus_per_model,
-    )
+    return replace(pools, face_workers=min(pools.face_workers, blocks), model_workers=min(pools.model_workers, blocks))
 
 
 def check_budget(outcomes: Counter[str], max_failed_fraction: float, summary: dict[str, Any]) -> None:
@@ -228,9 +222,7 @@ def commit(job: Run, files: Iterable[FileFacts]) -> Snapshot:
     """
     files = tuple(files)
     superseded = written_ids(job.table, files) if job.current else []
-    kept = job.table.carry_over(
-        job.current, drop_ids=[*superseded, *job.plan.dropped.to_pylist()], run_id=job.id
-    )
+    kept = job.table.carry_over(job.current, drop_ids=[*superseded, *job.plan.dropped.to_pylist()], run_id=job.id)
     snapshot = next_snapshot(
         job.current,
         files=[*kept, *files],
@@ -254,7 +246,6 @@ def written_ids(table: LabelTable, files: Sequence[FileFacts]) -> list[str]:
     return ids
 
 
-@ray.remote(num_cpus=0)
 class Tally:
     """Counts what the model workers have finished, for the driver to show."""
 
@@ -271,7 +262,7 @@ class Tally:
 @contextmanager
 def progress_shown(images: int) -> Iterator[Any]:
     """Show images done, their rate, the time left and the failures so far; yields the actor that counts."""
-    tally = Tally.remote()
+    tally: Any = ray.remote(num_cpus=0)(Tally).remote()
     finished = threading.Event()
     with progress_bar("label", total=images, unit="images") as bar:
 

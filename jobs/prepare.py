@@ -6,7 +6,7 @@ mgmtn prepare DATASET --output DATA
 import logging
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,8 @@ def run(settings: PrepareSettings) -> dict[str, Any]:
             compute=ray.data.ActorPoolStrategy(size=workers),
         )
         pending: list[pa.Table] = []
-        for batch in samples.iter_batches(batch_size=None, batch_format="pyarrow"):
+        batches: Iterable[pa.Table] = samples.iter_batches(batch_size=None, batch_format="pyarrow")
+        for batch in batches:
             pending.append(batch.cast(TRAINING_SCHEMA))
             counts.update(batch["status"].to_pylist())
             progress.advance(len(batch))

@@ -10,10 +10,6 @@ from jobs.cluster import Pools
 from jobs.data.stages import FaceWork, FindFaces, PredictAttributes
 from mgmtn.checkpoint import Checkpoint
 
-# Faces of one block: more than any block holds, so that a block goes through the model whole and the faces of an image
-# stay together. (Ray asks for a number where an actor has a GPU.)
-_WHOLE_BLOCK = 1_000_000
-
 
 def label_flow(
     due: pa.Table,
@@ -27,7 +23,8 @@ def label_flow(
 ) -> ray.data.Dataset:
     """Images that are due -> rows of the label table.
 
-    Only aligned faces (uint8, about 50 KB each) and packed masks (4 KB) travel between processes.
+    Only aligned faces (uint8, about 50 KB each) and packed masks (4 KB) travel between processes. Ray hands whole
+    blocks to a task and joins what a task returns, so the faces of an image stay together.
 
     Args:
         due: the plan's rows; at least one. They are cut by count: a block of a table is otherwise cut by its bytes,
@@ -42,15 +39,15 @@ def label_flow(
             FindFaces,
             fn_constructor_args=(work,),
             batch_format="pyarrow",
-            num_cpus=1,
+            num_cpus=pools.cpus_per_face,
             compute=ray.data.ActorPoolStrategy(size=pools.face_workers),
         )
         .map_batches(
             PredictAttributes,
-            fn_constructor_args=(checkpoint, batch_size, max(1, int(pools.cpus_per_model)), progress),
-            batch_size=_WHOLE_BLOCK,
+            fn_constructor_args=(checkpoint, batch_size, progress),
+            batch_size=batch_size,  # Ray also gathers blocks up to it: a larger one would starve the model
             batch_format="pyarrow",
-            num_cpus=pools.cpus_per_model,  # 0 beside a GPU: a CPU held there is one face worker fewer
+            num_cpus=pools.cpus_per_model,
             num_gpus=pools.gpus_per_model,
             compute=ray.data.ActorPoolStrategy(size=pools.model_workers),
         )

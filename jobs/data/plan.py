@@ -1,13 +1,15 @@
 """What is due in a run and why, from the inventory and the current snapshot."""
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
-import duckdb
 import pyarrow as pa
 
 from jobs.data.inventory import unreadable_folders
 from jobs.data.schema import INVENTORY_SCHEMA, MAX_ATTEMPTS, TRANSIENT
+
+if TYPE_CHECKING:
+    import duckdb
 
 REASONS: Final = ("new", "changed", "new_model", "retry", "relabel")
 # What a plan needs to know of the current snapshot's rows.
@@ -90,6 +92,9 @@ def make_plan(
     Returns:
         The plan. An image whose folder could not be listed is not taken for deleted.
     """
+    # Imported here: kept by this module, it would outlive Ray's threads at exit and fill the terminal with warnings.
+    import duckdb
+
     connection = duckdb.connect()
     try:
         return _plan_with(
@@ -100,7 +105,7 @@ def make_plan(
 
 
 def _plan_with(
-    connection: duckdb.DuckDBPyConnection,
+    connection: "duckdb.DuckDBPyConnection",
     inventory: pa.Table,
     current: pa.Table | pa.RecordBatchReader,
     *,
@@ -130,5 +135,5 @@ def _plan_with(
     return Plan(due=due, dropped=dropped, kept=known - replaced - len(dropped), planned=planned)
 
 
-def _table(connection: duckdb.DuckDBPyConnection, query: str, parameters: dict[str, object]) -> pa.Table:
+def _table(connection: "duckdb.DuckDBPyConnection", query: str, parameters: dict[str, object]) -> pa.Table:
     return connection.sql(query, params=parameters).to_arrow_table()

@@ -195,14 +195,11 @@ class PredictAttributes:
     Args:
         checkpoint: a reference in the object store: each node holds the weights once.
         batch_size: faces in one forward pass.
-        threads: CPU threads of the forward pass.
         progress: an actor that counts images by status.
     """
 
-    def __init__(
-        self, checkpoint: "ray.ObjectRef[Checkpoint]", batch_size: int, threads: int, progress: Any = None
-    ) -> None:
-        torch.set_num_threads(threads)
+    def __init__(self, checkpoint: "ray.ObjectRef[Checkpoint]", batch_size: int, progress: Any = None) -> None:
+        torch.set_num_threads(1)  # without a GPU there is a model worker for every CPU
         self.labeller = Labeller(ray.get(checkpoint), batch_size=batch_size)
         self.progress = progress
 
@@ -234,7 +231,7 @@ def predict(table: pa.Table, labeller: Labeller) -> pa.Table:
     masks = np.stack([unpack_masks(mask) for mask in packed]) if packed and packed[0] is not None else None
     probabilities = np.full((len(table), len(ATTRIBUTES)), np.nan, np.float32)
     probabilities[has_face] = labeller(faces, masks)
-    good = np.isfinite(probabilities).all(axis=1)
+    good = np.asarray(np.isfinite(probabilities).all(axis=1))
     columns = {name: table[name] for name in table.column_names if name not in ("face", "masks")}
     if not good[has_face].all():
         columns |= _model_errors(columns, bad=has_face & ~good)
