@@ -168,8 +168,10 @@ def write_part(tables: Sequence[pa.Table], folder: Path) -> None:
 
 
 def write_mask_sheet(batch: pa.Table, path: Path) -> None:
-    """Draw the masks of the first samples over their faces, for a person to look at."""
+    """Draw the masks of the first samples over their faces, for a person to look at; nothing where there are none."""
     rows = batch.filter(batch["face"].is_valid()).slice(0, SHEET_SAMPLES).to_pylist()
+    if not rows:
+        return
     tiles = [overlay_masks(decode_face(row["face"]), unpack_masks(row["masks"])) for row in rows]
     contact_sheet(tiles, [row["image"] for row in rows]).save(path)
 

@@ -94,9 +94,18 @@ class Source:
     limit: int
 
     def load(self) -> tuple[Samples, Samples]:
-        """Training samples and those held out of the train split."""
+        """Training samples and those held out of the train split.
+
+        Raises:
+            ConfigError: none are held out, or all.
+        """
         samples = load_samples(self.data, split="train", limit=self.limit)
         held_out = validation_cut(samples.names, self.validation)
+        if held_out.all() or not held_out.any():
+            raise ConfigError(
+                f"validation: {self.validation:g} of {len(samples)} samples holds out {held_out.sum()}; "
+                "both sides need some"
+            )
         return samples.take(np.flatnonzero(~held_out)), samples.take(np.flatnonzero(held_out))
 
 
@@ -183,9 +192,11 @@ class AttributeTask:
 
     def metrics(self, results: Tensor, samples: Samples) -> dict[str, float]:
         labels, known = torch.from_numpy(samples.labels == 1), torch.from_numpy(samples.known)
-        right = (((results > 0) == labels) & known).sum(0) / known.sum(0).clamp_min(1)
+        counts = known.sum(0)
+        right = (((results > 0) == labels) & known).sum(0)
+        named = counts > 0  # an attribute that nobody labelled has no accuracy
         loss = attribute_loss(results, labels.float(), known)
-        return {"score": right.mean().item(), "validation_loss": loss.item()}
+        return {"score": (right[named] / counts[named]).mean().item(), "validation_loss": loss.item()}
 
 
 def run_masks(settings: TrainMasksSettings) -> dict[str, Any]:
@@ -195,7 +206,9 @@ def run_masks(settings: TrainMasksSettings) -> dict[str, Any]:
     weights, _, metrics = train(settings, task)
     module = MaskNet(settings.network)
     module.load_state_dict(weights)
-    card = Card(name=settings.name, kind="masks", network=settings.network, **_account(settings, metrics))
+    card = Card(
+        name=settings.name, kind="masks", network=settings.network, **_account(settings, metrics, command="masks")
+    )
     return _finish(settings, Checkpoint.of(module, card, half=settings.half_weights), metrics)
 
 
@@ -231,13 +244,21 @@ def run_attributes(settings: TrainAttributesSettings) -> dict[str, Any]:
     module.load_state_dict(weights)
     _, held_out = source.load()
     calibration = fit_calibration(logits.numpy(), (held_out.labels == 1).astype(np.float64), held_out.known)
+    account = _account(settings, metrics, command="attributes")
+    if mask_checkpoint is not None:
+        masks = mask_checkpoint.card
+        account["training"]["mask_model"] = {
+            "model_id": masks.model_id,
+            "training": masks.training,
+            "accuracy": masks.accuracy,
+        }
     card = Card(
         name=settings.name,
         kind="attributes",
         network=network,
         thresholds=dict.fromkeys(ATTRIBUTES, 0.5),
         calibration=calibration,
-        **_account(settings, metrics),
+        **account,
     )
     return _finish(settings, Checkpoint.of(module, card, half=settings.half_weights), metrics)
 
@@ -299,12 +320,15 @@ def _positive_weight(source: Source) -> tuple[float, ...]:
     return tuple(positive_weights(labels, known).tolist())
 
 
-def _account(settings: TrainSettings, metrics: dict[str, Any]) -> dict[str, Any]:
-    """The parts of a card that say where a model comes from."""
+def _account(settings: TrainSettings, metrics: dict[str, Any], *, command: str) -> dict[str, Any]:
+    """The parts of a card that say where a model comes from; folders by their names, for a card travels."""
+    tables = [Description.load(folder) for folder in settings.data]
+    settled = settings.model_dump(mode="json", exclude={"data", "output", "cluster", "network", "mask_model"})
     training = {
-        "data": [Description.load(folder).model_dump() for folder in settings.data],
-        "settings": settings.model_dump(mode="json", exclude={"data", "output", "cluster", "network", "mask_model"}),
-        "licence": "trained on research data sets that are for non-commercial research only; see the README",
+        "command": f"mgmtn train {command}" + (f" --config {settings.config}" if settings.config else ""),
+        "data": [table.model_copy(update={"dataset": Path(table.dataset).name}).model_dump() for table in tables],
+        "settings": settled,
+        "licence": "learned from research data sets that are for non-commercial research only; see the README",
     }
     return {"training": training, "accuracy": {"validation": metrics}}
 

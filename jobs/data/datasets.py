@@ -11,9 +11,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.data.object_store import canonical_uri, is_s3, join, local_copy
+from jobs.data.object_store import canonical_uri, is_s3, join, local_copy, parent, resolve
 from mgmtn.attributes import ATTRIBUTES, attribute_name
-from mgmtn.errors import ConfigError
+from mgmtn.errors import ConfigError, FetchError
 
 SPLITS = ("train", "validation", "test")
 UNKNOWN = -1  # a label that nobody gave
@@ -34,7 +34,8 @@ def read_dataset(dataset: str) -> pa.Table:
     Args:
         dataset: a folder with `labels.csv` (columns `image` relative to the folder, the 40 names as 0, 1 or empty,
             `split`); CelebA's official folder (`list_attr_celeba.txt`, `list_eval_partition.txt`,
-            `img_align_celeba/`); or a `.csv` or `.parquet` file with `uri`, labels and optionally `split`.
+            `img_align_celeba/`); or a `.csv` or `.parquet` file with `uri`, labels and optionally `split`. A path in
+            a file is relative to the file's folder.
 
     Returns:
         A table of `DATASET_SCHEMA`: labels are 0, 1, or -1 where unknown.
@@ -46,7 +47,10 @@ def read_dataset(dataset: str) -> pa.Table:
     if uri.endswith((".csv", ".parquet")):
         frame = _read_frame(uri)
         return _table(
-            frame, image=_column(frame, "uri", dataset), uri_of=lambda name: canonical_uri(name), source=dataset
+            frame,
+            image=_column(frame, "uri", dataset),
+            uri_of=lambda name: resolve(name, folder=parent(uri)),
+            source=dataset,
         )
     if is_s3(uri) or (Path(uri) / "labels.csv").is_file():
         frame = _read_frame(join(uri, "labels.csv"))
@@ -62,20 +66,29 @@ def read_dataset(dataset: str) -> pa.Table:
 
 
 def _read_frame(uri: str) -> pd.DataFrame:
-    path = local_copy(uri)
     try:
-        return pq.read_table(path).to_pandas() if uri.endswith(".parquet") else pd.read_csv(path)
-    except (ValueError, pa.ArrowInvalid) as error:
+        path = local_copy(uri)
+        if uri.endswith(".parquet"):
+            return pq.read_table(path).to_pandas()
+        return pd.read_csv(path, dtype={"image": str, "uri": str})  # 000001 is a name, not a number
+    except (FetchError, ValueError, pa.ArrowInvalid) as error:
         raise ConfigError(f"dataset: {uri!r} cannot be read: {error}") from error
 
 
 def _read_celeba(folder: Path) -> pd.DataFrame:
     """The official lists: a count, a header, then rows of a file name and 40 times -1 or 1; splits are 0, 1, 2."""
-    frame = pd.read_csv(folder / "list_attr_celeba.txt", sep=r"\s+", skiprows=1).replace(-1, 0)
-    parts = pd.read_csv(folder / "list_eval_partition.txt", sep=r"\s+", header=None, names=["image", "part"])
-    part_of = dict(zip(parts["image"], parts["part"], strict=True))
+    partition = folder / "list_eval_partition.txt"
+    try:
+        frame = pd.read_csv(folder / "list_attr_celeba.txt", sep=r"\s+", skiprows=1).replace(-1, 0)
+        parts = pd.read_csv(partition, sep=r"\s+", header=None, names=["image", "part"], dtype=str)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"dataset: {str(folder)!r}: CelebA's lists cannot be read: {error}") from error
+    split_of = dict(zip(parts["image"], parts["part"].map(dict(zip("012", SPLITS, strict=True))), strict=True))
     frame = frame.rename_axis("image").reset_index()
-    frame["split"] = [SPLITS[int(part_of[name])] for name in frame["image"]]
+    frame["split"] = frame["image"].map(split_of)
+    missing = frame["image"][frame["split"].isna()]
+    if len(missing):
+        raise ConfigError(f"dataset: {str(partition)!r} gives {missing.iloc[0]!r} no split of 0, 1 or 2")
     return frame
 
 
@@ -86,10 +99,13 @@ def _column(frame: pd.DataFrame, name: str, source: str) -> pd.Series:
 
 
 def _table(frame: pd.DataFrame, *, image: pd.Series, uri_of: Callable[[str], str], source: str) -> pa.Table:
-    splits = frame["split"].fillna("").astype(str) if "split" in frame.columns else pd.Series(["train"] * len(frame))
+    given = frame["split"] if "split" in frame.columns else pd.Series(["train"] * len(frame))
+    splits = given.astype(object).fillna("").astype(str)
     strange = sorted(set(splits) - set(SPLITS))
     if strange:
         raise ConfigError(f"dataset: {source!r} has split {strange[0]!r}; known: {', '.join(SPLITS)}")
+    if image.isna().any() or (image == "").any():
+        raise ConfigError(f"dataset: {source!r}: a row has no {image.name}")
     names = [str(name) for name in image]
     labels = _labels(frame, source)
     flat = pa.array(labels.ravel(), pa.int8())
@@ -113,11 +129,13 @@ def _labels(frame: pd.DataFrame, source: str) -> np.ndarray:
             index = ATTRIBUTES.index(attribute_name(str(column)))
         except KeyError:
             continue
-        values = pd.to_numeric(frame[column], errors="coerce").fillna(UNKNOWN).to_numpy()
-        wrong = ~np.isin(values, (0, 1, UNKNOWN))
+        given = frame[column]
+        values = pd.to_numeric(given, errors="coerce")
+        # Lists that write -1 for "no" are about: taken for unknown, they would teach that everything is true.
+        wrong = given.notna() & ~values.isin((0, 1))
         if wrong.any():
-            raise ConfigError(f"dataset: {source!r}, column {column!r}: {values[wrong][0]:g} is neither 0 nor 1")
-        labels[:, index] = values
+            raise ConfigError(f"dataset: {source!r}, column {column!r}: {given[wrong].iloc[0]} is not 0, 1 or empty")
+        labels[:, index] = values.fillna(UNKNOWN).to_numpy()
         found += 1
     if found == 0:
         raise ConfigError(f"dataset: {source!r} has no column named as an attribute ({ATTRIBUTES[0]}, ...)")

@@ -21,7 +21,9 @@ class DetectionSettings(BaseModel):
         """The settings of the chosen detector, with weights of S3 copied to this machine's cache."""
         if self.detector == "mediapipe":
             return self.mediapipe
-        weights = self.fan.weights
-        if weights is not None and is_s3(str(weights)):
-            return self.fan.model_copy(update={"weights": local_copy(str(weights), sha256=self.fan.weights_sha256)})
-        return self.fan
+        copies = {}
+        if self.fan.weights is not None and is_s3(self.fan.weights):
+            copies["weights"] = str(local_copy(self.fan.weights, sha256=self.fan.weights_sha256))
+        if self.fan.face_detector_weights is not None and is_s3(self.fan.face_detector_weights):
+            copies["face_detector_weights"] = str(local_copy(self.fan.face_detector_weights))
+        return self.fan.model_copy(update=copies)

@@ -221,7 +221,8 @@ def image_outcomes(table: pa.Table) -> dict[str, int]:
 def predict(table: pa.Table, labeller: Labeller) -> pa.Table:
     """Replace the faces of a table of `FACE_SCHEMA` by their attributes: a table of `TABLE_SCHEMA`.
 
-    A face whose probabilities are not finite becomes a `model_error`.
+    An image with a face whose probabilities are not finite becomes a `model_error`, all its faces: it is tried again
+    whole.
     """
     has_face = table["face"].is_valid().to_numpy(zero_copy_only=False)
     chosen = table.filter(pa.array(has_face))
@@ -234,7 +235,10 @@ def predict(table: pa.Table, labeller: Labeller) -> pa.Table:
     good = np.asarray(np.isfinite(probabilities).all(axis=1))
     columns = {name: table[name] for name in table.column_names if name not in ("face", "masks")}
     if not good[has_face].all():
-        columns |= _model_errors(columns, bad=has_face & ~good)
+        ids = table["image_id"].to_numpy(zero_copy_only=False)
+        bad = has_face & np.isin(ids, np.unique(ids[has_face & ~good]))
+        good &= ~bad
+        columns |= _model_errors(columns, bad=bad)
     for k, name in enumerate(ATTRIBUTES):
         columns[name] = pa.array(probabilities[:, k], mask=~good)
     columns["labels"] = pa.array(labeller.label_bits(probabilities), pa.uint64(), mask=~good)

@@ -1,6 +1,7 @@
 """The training table: aligned faces with landmarks, masks and labels, in Parquet, beside a description of itself."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -17,6 +18,7 @@ from mgmtn.errors import ConfigError
 from mgmtn.masks import unpack_masks
 
 DESCRIPTION_FILE = "dataset.json"
+_COLUMNS = ["image", "face", "masks", "labels", "face_found"]
 
 TRAINING_SCHEMA = pa.schema(
     [
@@ -120,22 +122,49 @@ def load_samples(folders: tuple[Path, ...], *, split: str, limit: int = 0) -> Sa
         raise ConfigError(f"data: no usable row of split {split!r} in {', '.join(map(str, folders))}")
     if limit:
         table = table.slice(0, limit)
-    labels = table["labels"].combine_chunks().flatten().to_numpy().reshape(-1, len(ATTRIBUTES))
+    return _samples(table)
+
+
+def iterate_samples(folders: tuple[Path, ...], *, split: str, count: int) -> Iterator[Samples]:
+    """The readable rows of one split, `count` at a time at most, in the order of the files."""
+    for folder in folders:
+        for batch in _dataset(folder).to_batches(columns=_COLUMNS, filter=_readable(split), batch_size=count):
+            if batch.num_rows:
+                yield _samples(pa.Table.from_batches([batch]))
+
+
+def unreadable_labels(folders: tuple[Path, ...], *, split: str) -> np.ndarray:
+    """The labels of the pictures that could not be read: int8, shape `(N, 40)`."""
+    unreadable = (ds.field("split") == split) & ds.field("face").is_null()
+    tables = [_dataset(folder).to_table(columns=["labels"], filter=unreadable) for folder in folders]
+    return _label_array(pa.concat_tables(tables))
+
+
+def _samples(table: pa.Table) -> Samples:
     return Samples(
         names=np.array(table["image"].to_pylist()),
         faces=np.stack([decode_face(face) for face in table["face"].to_pylist()]),
         masks=np.stack([np.frombuffer(mask, np.uint8) for mask in table["masks"].to_pylist()]),
-        labels=labels,
+        labels=_label_array(table),
         found=table["face_found"].to_numpy(),
     )
 
 
+def _label_array(table: pa.Table) -> np.ndarray:
+    return table["labels"].combine_chunks().flatten().to_numpy().reshape(-1, len(ATTRIBUTES))
+
+
+def _dataset(folder: Path) -> ds.Dataset:
+    Description.load(folder)  # a table without one is not whole
+    return ds.dataset(sorted(folder.glob("*.parquet")), schema=TRAINING_SCHEMA, format="parquet")
+
+
+def _readable(split: str) -> ds.Expression:
+    return (ds.field("split") == split) & ds.field("face").is_valid()
+
+
 def _read_split(folder: Path, split: str) -> pa.Table:
-    columns = ["image", "face", "masks", "labels", "face_found"]
-    table = ds.dataset(sorted(folder.glob("*.parquet")), format="parquet").to_table(
-        columns=columns, filter=(ds.field("split") == split) & ds.field("face").is_valid()
-    )
-    return table.sort_by("image")
+    return _dataset(folder).to_table(columns=_COLUMNS, filter=_readable(split)).sort_by("image")
 
 
 def encode_face(face: np.ndarray) -> bytes:

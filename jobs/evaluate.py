@@ -1,0 +1,304 @@
+"""Measure a model on labelled faces: accuracy and calibration of each attribute, plots, and its worst errors.
+
+  mgmtn evaluate --model M --data DATA --split test --output DIR
+
+Every picture of the split counts: one in which no face was found by its centre, and one that could not be read at all
+as if the model had said no to every attribute.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from pydantic import Field, PositiveInt
+
+from jobs.data.batches import plain_batches
+from jobs.data.models import resolve_model
+from jobs.data.training_table import Description, iterate_samples, unreadable_labels
+from jobs.settings import Settings, run_program
+from jobs.telemetry import progress_bar
+from mgmtn.attributes import ATTRIBUTES, GROUP_ATTRIBUTES
+from mgmtn.calibration import calibrate
+from mgmtn.checkpoint import CARD_FILE, Checkpoint
+from mgmtn.drawing import contact_sheet
+from mgmtn.errors import ConfigError
+from mgmtn.labeller import Labeller
+from mgmtn.metrics import CALIBRATION_BINS, Report, report
+from mgmtn.network import NetworkSettings
+
+log = logging.getLogger(__name__)
+
+WORST: Final = 24  # errors on the contact sheet
+_CHUNK: Final = 256  # faces in memory at once
+
+# Mean accuracy over 40 attributes in percent, as published, on the whole official test sets: (CelebA, LFWA).
+PUBLISHED: Final[dict[str, tuple[float | None, float | None]]] = {
+    "MGMTN (paper)": (92.30, 87.01),
+    "FaRL ViT-B": (92.06, None),
+    "DMM-CNN": (91.70, 86.56),
+    "MCNN-AUX": (91.29, 86.31),
+    "LNets+ANet": (87.33, 83.85),
+    "Label2Label": (None, 87.56),
+    "always the majority class": (79.91, 71.75),
+}
+
+
+class EvaluateSettings(Settings):
+    """Settings of `mgmtn evaluate`."""
+
+    model: str = Field(description="a model that ships, or a checkpoint's folder, local or s3://")
+    data: tuple[Path, ...] = Field(description="folders of training tables (mgmtn prepare), comma-separated")
+    split: Literal["train", "validation", "test"] = Field("test", description="rows to measure on")
+    output: Path = Field(description="folder for metrics.json, metrics.md and pictures")
+    masks: Literal["learned", "landmarks"] = Field("learned", description="the model's own, or those of the table")
+    batch_size: PositiveInt = Field(64, description="faces in one forward pass")
+    device: str | None = Field(None, description="cpu, cuda, cuda:1; unset: a GPU when there is one")
+    record: bool = Field(False, description="write the figures into the model's card (a local folder); its id stays")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the model said of every picture, and the truth.
+
+    Attributes:
+        names: N image names.
+        logits, labels, known: shape `(N, 40)`.
+        found: bool, shape `(N,)`: a face was found.
+    """
+
+    names: np.ndarray
+    logits: np.ndarray
+    labels: np.ndarray
+    known: np.ndarray
+    found: np.ndarray
+
+
+def run(settings: EvaluateSettings) -> dict[str, Any]:
+    """Measure, write and draw.
+
+    Raises:
+        ConfigError: the table is missing, of another geometry, or has no row of the split.
+    """
+    checkpoint = resolve_model(settings.model)
+    labeller = Labeller(checkpoint, device=settings.device, batch_size=settings.batch_size)
+    _check_geometry(settings, checkpoint)
+    answers = ask(settings, labeller)
+    unreadable = unreadable_labels(settings.data, split=settings.split)
+    answers = _with_unreadable(answers, unreadable)
+    probabilities = calibrate(answers.logits, checkpoint.card.calibration)
+    raw = calibrate(answers.logits, {})
+    figures = report(probabilities, answers.labels == 1, answers.known, thresholds=labeller.thresholds)
+    uncalibrated = report(raw, answers.labels == 1, answers.known, thresholds=labeller.thresholds)
+    faces = report(
+        probabilities[answers.found],
+        (answers.labels == 1)[answers.found],
+        answers.known[answers.found],
+        thresholds=labeller.thresholds,
+    )
+    summary = {
+        "model_id": checkpoint.card.model_id,
+        "split": settings.split,
+        "images": len(answers.names),
+        "mean_accuracy": _percent(figures.mean("accuracy")),
+        "mean_balanced_accuracy": _percent(figures.mean("balanced_accuracy")),
+        "mean_f1": _percent(figures.mean("f1")),
+        "mean_ap": _percent(figures.mean("average_precision")),
+        "ece": _rounded(figures.mean("ece")),
+        "ece_uncalibrated": _rounded(uncalibrated.mean("ece")),
+        "mean_majority": _percent(figures.mean("majority")),
+        "mean_accuracy_faces": _percent(faces.mean("accuracy")),
+        "no_face": int((~answers.found).sum()) - len(unreadable),
+        "unreadable": len(unreadable),
+        "output": str(settings.output),
+    }
+    settings.output.mkdir(parents=True, exist_ok=True)
+    command = _command(settings)
+    everything = summary | {
+        "command": command,
+        "group_accuracy": figures.group_means("accuracy"),
+        "attributes": figures.as_dict(),
+    }
+    (settings.output / "metrics.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    (settings.output / "metrics.md").write_text(as_markdown(figures, summary, command), encoding="utf-8")
+    draw_reliability(settings.output / "reliability.png", answers, calibrated=probabilities, raw=raw)
+    draw_accuracy(settings.output / "accuracy.png", figures)
+    draw_worst(settings, answers, probabilities, labeller.thresholds)
+    if settings.record:
+        record(settings, checkpoint, summary | {"command": command})
+    return summary
+
+
+def ask(settings: EvaluateSettings, labeller: Labeller) -> Answers:
+    """Run the model over every readable picture of the split."""
+    geometry = Description.load(settings.data[0])
+    total = sum(Description.load(folder).splits.get(settings.split, 0) for folder in settings.data)
+    parts: list[Answers] = []
+    with progress_bar("evaluate", total=total, unit="images") as progress:
+        for samples in iterate_samples(settings.data, split=settings.split, count=_CHUNK):
+            (batch,) = plain_batches(
+                samples, image_size=geometry.image_size, mask_size=geometry.mask_size, batch_size=len(samples)
+            )
+            faces = batch.images.to(torch.uint8).permute(0, 2, 3, 1).numpy()
+            masks = batch.masks.numpy() > 0.5 if settings.masks == "landmarks" else None
+            logits = labeller.logits(faces, masks)
+            parts.append(Answers(samples.names, logits, samples.labels, samples.known, samples.found))
+            progress.advance(len(samples))
+    if not parts:
+        folders = ", ".join(map(str, settings.data))
+        raise ConfigError(f"split: no readable picture of split {settings.split!r} in {folders}")
+    fields = ("names", "logits", "labels", "known", "found")
+    return Answers(*(np.concatenate([getattr(part, field) for part in parts]) for field in fields))
+
+
+def _check_geometry(settings: EvaluateSettings, checkpoint: Checkpoint) -> None:
+    network = checkpoint.card.network
+    assert isinstance(network, NetworkSettings)  # the labeller has refused any other
+    for folder in settings.data:
+        size = Description.load(folder).image_size
+        if size != network.image_size:
+            raise ConfigError(
+                f"data: {str(folder)!r} was prepared for {size} pixels, {settings.model!r} looks at "
+                f"{network.image_size}: prepare it again with --image-size {network.image_size}"
+            )
+
+
+def _with_unreadable(answers: Answers, labels: np.ndarray) -> Answers:
+    """Add the pictures that nobody could read, with a firm no to every attribute."""
+    if len(labels) == 0:
+        return answers
+    no = np.full(labels.shape, -1e4, np.float32)
+    return Answers(
+        names=np.concatenate([answers.names, np.full(len(labels), "(unreadable)")]),
+        logits=np.concatenate([answers.logits, no]),
+        labels=np.concatenate([answers.labels, labels]),
+        known=np.concatenate([answers.known, labels >= 0]),
+        found=np.concatenate([answers.found, np.zeros(len(labels), bool)]),
+    )
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else round(100 * share, 2)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def _command(settings: EvaluateSettings) -> str:
+    data = ",".join(str(folder) for folder in settings.data)
+    command = f"mgmtn evaluate --model {settings.model} --data {data} --split {settings.split}"
+    return command + (" --masks landmarks" if settings.masks == "landmarks" else "")
+
+
+def record(settings: EvaluateSettings, checkpoint: Checkpoint, figures: dict[str, Any]) -> None:
+    """Write the figures into the card of a model's local folder.
+
+    Raises:
+        ConfigError: the model is not a local folder.
+    """
+    folder = Path(settings.model)
+    if not (folder / CARD_FILE).is_file():
+        raise ConfigError(f"record: {settings.model!r} is not a local folder with a {CARD_FILE}")
+    name = "+".join(path.name for path in settings.data) + f"/{settings.split}"
+    measured = {key: value for key, value in figures.items() if key not in ("model_id", "output")}
+    accuracy = checkpoint.card.accuracy | {name: measured | {"date": f"{datetime.now(UTC):%Y-%m-%d}"}}
+    card = checkpoint.card.model_copy(update={"accuracy": accuracy})
+    assert card.model_id == checkpoint.card.model_id
+    Checkpoint(card, checkpoint.weights).save(folder)
+    log.info("event=recorded card=%s figures=%s", folder / CARD_FILE, name)
+
+
+def as_markdown(figures: Report, summary: dict[str, Any], command: str) -> str:
+    """The figures as tables for a person to read."""
+    owner = {name: group for group, names in GROUP_ATTRIBUTES.items() for name in names}
+    lines = [f"# {summary['model_id']} on {summary['images']} pictures ({summary['split']})", "", f"`{command}`", ""]
+    lines += ["| figure | value |", "|---|---|"]
+    lines += [f"| {key} | {value} |" for key, value in summary.items() if key not in ("model_id", "split", "output")]
+    lines += ["", "| group | mean accuracy, % |", "|---|---|"]
+    lines += [f"| {group} | {_percent(value)} |" for group, value in figures.group_means("accuracy").items()]
+    lines += ["", "| attribute | group | accuracy | balanced | F1 | AP | ECE | majority |", "|---" * 8 + "|"]
+    for name, row in figures.attributes.items():
+        shares = (row.accuracy, row.balanced_accuracy, row.f1, row.average_precision, row.ece, row.majority)
+        lines.append(f"| {name} | {owner[name]} | " + " | ".join(str(_percent(share)) for share in shares) + " |")
+    lines += ["", "Published mean accuracy on the whole official test sets, %:", "", "| method | CelebA | LFWA |"]
+    lines += ["|---|---|---|"]
+    lines += [f"| {method} | {celeba or '-'} | {lfwa or '-'} |" for method, (celeba, lfwa) in PUBLISHED.items()]
+    return "\n".join(lines) + "\n"
+
+
+def draw_reliability(path: Path, answers: Answers, *, calibrated: np.ndarray, raw: np.ndarray) -> None:
+    """How often what the model gives a probability is so, over all attributes, before and after calibration."""
+    figure, axes = plt.subplots(figsize=(5, 5))
+    truth = (answers.labels == 1)[answers.known]
+    for name, probabilities in (("before calibration", raw), ("after", calibrated)):
+        values = probabilities[answers.known]
+        bins = np.minimum((values * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+        used = [index for index in range(CALIBRATION_BINS) if (bins == index).any()]
+        said = [values[bins == index].mean() for index in used]
+        axes.plot(said, [truth[bins == index].mean() for index in used], marker="o", label=name)
+    axes.plot([0, 1], [0, 1], color="grey", linestyle=":")
+    axes.set(xlabel="probability given", ylabel="share that is so", title="Reliability, all attributes")
+    axes.legend()
+    _save(figure, path)
+
+
+def draw_accuracy(path: Path, figures: Report) -> None:
+    """Each attribute's accuracy beside that of always answering with the commoner label."""
+    figure, axes = plt.subplots(figsize=(7, 9))
+    rows = np.arange(len(ATTRIBUTES))
+    accuracy = [100 * (figures.attributes[name].accuracy or 0) for name in ATTRIBUTES]
+    majority = [100 * (figures.attributes[name].majority or 0) for name in ATTRIBUTES]
+    axes.barh(rows, accuracy, color="tab:blue", label="model")
+    axes.scatter(majority, rows, color="black", marker="|", s=80, label="majority class", zorder=3)
+    axes.set_yticks(rows, ATTRIBUTES, fontsize=7)
+    axes.invert_yaxis()
+    axes.set(xlim=(40, 100), xlabel="accuracy, %")
+    axes.legend(loc="lower left")
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_worst(settings: EvaluateSettings, answers: Answers, probabilities: np.ndarray, thresholds: np.ndarray) -> None:
+    """The pictures whose labels the model contradicts most firmly, one for each picture."""
+    wrong = ((probabilities >= thresholds) != (answers.labels == 1)) & answers.known & answers.found[:, None]
+    firmness = np.where(wrong, np.abs(probabilities - thresholds), -1)
+    attribute_of = firmness.argmax(axis=1)
+    order = np.argsort(-firmness.max(axis=1), kind="stable")[:WORST]
+    chosen = {str(answers.names[index]): index for index in order if firmness[index].max() > 0}
+    faces = {
+        str(name): face
+        for samples in iterate_samples(settings.data, split=settings.split, count=_CHUNK)
+        for name, face in zip(samples.names, samples.faces, strict=True)
+        if str(name) in chosen
+    }
+    captions = []
+    for name in faces:
+        k = attribute_of[chosen[name]]
+        label = "yes" if answers.labels[chosen[name], k] == 1 else "no"
+        captions.append(f"{ATTRIBUTES[k]} {probabilities[chosen[name], k]:.2f}, label {label}")
+    if faces:
+        contact_sheet(list(faces.values()), captions).save(settings.output / "worst.png")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(EvaluateSettings, run, argv, prog="mgmtn evaluate", description=__doc__ or "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

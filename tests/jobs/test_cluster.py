@@ -1,0 +1,50 @@
+import pytest
+from pydantic import ValidationError
+
+from jobs.cluster import ClusterSettings, Pools, share
+from mgmtn.errors import ConfigError
+
+CPU, GPU = (0.75, 0.25, 0.0), (1.0, 0.0, 1.0)  # CPUs of a face worker and of a model worker, GPUs of a model worker
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "wishes", "workers", "each"),
+    [
+        (1, 0, (None, None), (1, 1), CPU),
+        (2, 0, (None, None), (2, 2), CPU),
+        (64, 0, (None, None), (64, 64), CPU),
+        (4, 0, (1, None), (1, 4), CPU),
+        (4, 0, (None, 1), (4, 1), CPU),
+        (4, 0, (5, 1), (5, 1), CPU),  # 4 CPUs exactly
+        (2, 0.5, (None, None), (2, 2), CPU),  # half a GPU is none
+        (8, 1, (None, None), (8, 1), GPU),
+        (16, 4, (None, None), (16, 4), GPU),
+        (16, 4, (10, 2), (10, 2), GPU),
+    ],
+)
+def test_a_cluster_is_shared_between_the_pools(cpus, gpus, wishes, workers, each):
+    pools = share(cpus=cpus, gpus=gpus, face_workers=wishes[0], model_workers=wishes[1])
+    assert pools == Pools(*workers, *each)
+    assert pools.face_workers * pools.cpus_per_face + pools.model_workers * pools.cpus_per_model <= cpus
+    assert pools.model_workers * pools.gpus_per_model <= gpus
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "wishes", "problem"),
+    [
+        (2, 0, (3, None), r"3 \+ 2 processes need 2\.75 CPUs \(0\.75 and 0\.25 each\), the cluster has 2;"),
+        (2, 0, (None, 50), r"2 \+ 50 processes need 14 CPUs .* the cluster has 2;"),
+        (8, 2, (9, None), r"9 \+ 2 processes need 9 CPUs \(1 and 0 each\), the cluster has 8;"),
+        (8, 2, (None, 3), r"model_workers: 3 need a GPU each, the cluster has 2"),
+        (0, 1, (None, None), r"1 \+ 1 processes need 1 CPUs .* the cluster has 0;"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_its_numbers(cpus, gpus, wishes, problem):
+    with pytest.raises(ConfigError, match=problem):
+        share(cpus=cpus, gpus=gpus, face_workers=wishes[0], model_workers=wishes[1])
+
+
+@pytest.mark.parametrize("wrong", [{"num_cpus": 0}, {"object_store_gb": 0.05}, {"nodes": 2}])
+def test_a_cluster_that_cannot_start_is_refused(wrong):
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        ClusterSettings(**wrong)
