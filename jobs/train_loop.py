@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
+import numpy as np
 import ray.train
 import ray.train.torch
 import safetensors.torch
@@ -31,6 +32,10 @@ WEIGHTS_FILE, PREDICTIONS_FILE = "ema.safetensors", "validation.safetensors"
 
 class TrainingDiverged(MgmtnError):
     """The loss is not finite."""
+
+
+class TooFewSamples(MgmtnError):
+    """There is not one whole batch to train on."""
 
 
 class OptimisationSettings(BaseModel):
@@ -95,6 +100,7 @@ def train_worker(config: dict[str, LoopConfig]) -> None:
 
     Raises:
         TrainingDiverged: the loss is not finite; names the step.
+        TooFewSamples: the samples do not fill one batch.
     """
     loop = config["loop"]
     task, opt = loop.task, loop.optimisation
@@ -109,7 +115,10 @@ def train_worker(config: dict[str, LoopConfig]) -> None:
     samples, held_out = task.load()
     steps_per_epoch = len(samples) // (per_worker * world)
     total_steps = steps_per_epoch * opt.epochs
+    if steps_per_epoch == 0:
+        raise TooFewSamples(f"{len(samples)} training samples do not fill a batch of {per_worker * world}")
     module = task.build().to(device).to(memory_format=torch.channels_last)
+    freeze_unused(module, task, samples, device)
     model = ray.train.torch.prepare_model(module)
     optimizer = torch.optim.AdamW(parameter_groups(module, opt), weight_decay=opt.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, total_steps, opt.warmup))
@@ -182,6 +191,17 @@ def train_worker(config: dict[str, LoopConfig]) -> None:
                 append_log(Path(loop.log_folder) / LOG_FILE, metrics)
                 saved = ray.train.Checkpoint.from_directory(folder)
             ray.train.report(metrics, checkpoint=saved)
+
+
+def freeze_unused(module: nn.Module, task: Task, samples: Samples, device: torch.device) -> None:
+    """Freeze the parameters that the loss does not reach: some trunks carry a tail that gives no features, and
+    distributed training waits for the gradient of every parameter that is not frozen."""
+    few = samples.take(np.arange(min(2, len(samples))))
+    (batch,) = plain_batches(few, image_size=task.image_size, mask_size=task.mask_size, batch_size=2)
+    task.loss(module.eval(), batch.to(device)).backward()
+    for parameter in module.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
 
 
 @torch.inference_mode()
