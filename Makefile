@@ -1,6 +1,6 @@
 # make demo      label a few photographs with the model that ships, and look at the result in demo/
 # make test      unit tests                     make integration  tests that start Ray or a server
-# make check     ruff and mypy                  make bench        the labelling job against a plain loop
+# make check     ruff, mypy, manifests          make bench        the labelling job against a plain loop
 # make install   .venv with all of these        make lock         renew deploy/requirements.lock
 # make clean     remove what the others made, .venv excepted
 #
@@ -42,13 +42,16 @@ check: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(RUN) -m jobs.lint k8s
 
 demo: install
 	$(RUN) -m jobs.demo demo/photos
 	$(VENV)/bin/mgmtn label demo/photos --output demo/labels $(model)
 	$(VENV)/bin/mgmtn query demo/labels --limit 0 --sql "SELECT parse_filename(uri) AS image, face_index, status, \
-	  round(smiling, 2) AS smiling, round(male, 2) AS male, round(young, 2) AS young, error FROM faces ORDER BY 1, 2"
-	$(VENV)/bin/mgmtn query demo/labels "smiling > 0 and male > 0 and young > 0" --sheet demo/sheet.png
+	  round(smiling, 2) AS smiling, round(eyeglasses, 2) AS eyeglasses, round(wearing_hat, 2) AS wearing_hat, \
+	  round(young, 2) AS young, error FROM faces ORDER BY 1, 2"
+	$(VENV)/bin/mgmtn query demo/labels "face_index >= 0" --sheet demo/sheet.png \
+	  --columns uri,face_index,smiling,eyeglasses,wearing_hat,young
 	@echo
 	@echo "photographs: demo/photos   label table: demo/labels   contact sheet: demo/sheet.png"
 	@echo 'next: $(VENV)/bin/mgmtn query demo/labels "smiling and not eyeglasses and young > 0.5"'

@@ -14,6 +14,7 @@ COMMANDS: Final[dict[str, str]] = {
     "evaluate": "measure a model on labelled faces",
     "query": "find faces by their attributes in a label table",
     "snapshots": "list the committed states of a label table",
+    "lint": "check Kubernetes manifests without a cluster",
     "files": "list the files of a label table's snapshot, for any Parquet reader",
 }
 _USAGE_ERROR: Final = 2

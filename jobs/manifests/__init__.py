@@ -1,0 +1,1 @@
+"""Kubernetes manifests, checked without a cluster: built, held against schemas, and against what they are to run."""
