@@ -8,6 +8,8 @@ as if the model had said no to every attribute.
 
 import json
 import logging
+import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +34,7 @@ from mgmtn.attributes import ATTRIBUTES, GROUP_ATTRIBUTES
 from mgmtn.calibration import calibrate
 from mgmtn.checkpoint import CARD_FILE, Checkpoint
 from mgmtn.drawing import contact_sheet
-from mgmtn.errors import ConfigError
+from mgmtn.errors import CheckpointError, ConfigError
 from mgmtn.labeller import Labeller
 from mgmtn.metrics import CALIBRATION_BINS, Report, report
 from mgmtn.network import NetworkSettings
@@ -41,15 +43,22 @@ log = logging.getLogger(__name__)
 
 WORST: Final = 24  # errors on the contact sheet
 _CHUNK: Final = 256  # faces in memory at once
+GROUP_FIGURES: Final = ("accuracy", "balanced_accuracy", "f1", "average_precision", "ece", "majority")
 
 # Mean accuracy over 40 attributes in percent, as published, on the whole official test sets: (CelebA, LFWA).
 PUBLISHED: Final[dict[str, tuple[float | None, float | None]]] = {
     "MGMTN (paper)": (92.30, 87.01),
     "FaRL ViT-B": (92.06, None),
+    "FaceXFormer": (91.83, None),
+    "SSP+SSG": (91.80, 87.13),
     "DMM-CNN": (91.70, 86.56),
+    "SwinFace": (91.32, None),
     "MCNN-AUX": (91.29, 86.31),
+    "Slim-CNN": (91.24, None),
+    "MOON": (90.94, None),
     "LNets+ANet": (87.33, 83.85),
-    "Label2Label": (None, 87.56),
+    "Label2Label, ResNet-50": (None, 87.50),
+    "Label2Label, ResNet-101": (None, 87.56),
     "always the majority class": (79.91, 71.75),
 }
 
@@ -62,8 +71,11 @@ class EvaluateSettings(Settings):
     split: Literal["train", "validation", "test"] = Field("test", description="rows to measure on")
     output: Path = Field(description="folder for metrics.json, metrics.md and pictures")
     masks: Literal["learned", "landmarks"] = Field("learned", description="the model's own, or those of the table")
+    limit: int = Field(0, ge=0, description="pictures measured, the first, readable ones before others; 0: all")
     batch_size: PositiveInt = Field(64, description="faces in one forward pass")
-    device: str | None = Field(None, description="cpu, cuda, cuda:1; unset: a GPU when there is one")
+    device: str | None = Field(
+        None, pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda, cuda:1; unset: a GPU when there is one"
+    )
     record: bool = Field(False, description="write the figures into the model's card (a local folder); its id stays")
 
 
@@ -88,13 +100,20 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
     """Measure, write and draw.
 
     Raises:
-        ConfigError: the table is missing, of another geometry, or has no row of the split.
+        ConfigError: the table is missing, of another geometry, or has no row of the split; there is no such device;
+            `record` without a local folder to record in.
+        CheckpointError: there is no such model, or its answers are not finite.
     """
     checkpoint = resolve_model(settings.model)
+    _check_device(settings.device)
+    if settings.record:
+        _card_file(settings)
     labeller = Labeller(checkpoint, device=settings.device, batch_size=settings.batch_size)
     _check_geometry(settings, checkpoint)
     answers = ask(settings, labeller)
     unreadable = unreadable_labels(settings.data, split=settings.split)
+    if settings.limit:
+        unreadable = unreadable[: settings.limit - len(answers.names)]
     answers = _with_unreadable(answers, unreadable)
     probabilities = calibrate(answers.logits, checkpoint.card.calibration)
     raw = calibrate(answers.logits, {})
@@ -126,39 +145,60 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
     command = _command(settings)
     everything = summary | {
         "command": command,
-        "group_accuracy": figures.group_means("accuracy"),
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "groups": {figure: figures.group_means(figure) for figure in GROUP_FIGURES},
         "attributes": figures.as_dict(),
     }
     (settings.output / "metrics.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
     (settings.output / "metrics.md").write_text(as_markdown(figures, summary, command), encoding="utf-8")
     draw_reliability(settings.output / "reliability.png", answers, calibrated=probabilities, raw=raw)
     draw_accuracy(settings.output / "accuracy.png", figures)
-    draw_worst(settings, answers, probabilities, labeller.thresholds)
+    draw_worst(settings, answers, probabilities - labeller.thresholds, probabilities)
     if settings.record:
         record(settings, checkpoint, summary | {"command": command})
     return summary
 
 
 def ask(settings: EvaluateSettings, labeller: Labeller) -> Answers:
-    """Run the model over every readable picture of the split."""
+    """Run the model over every readable picture of the split.
+
+    Raises:
+        CheckpointError: an answer is not finite. No figure would show it: every comparison with it says no.
+    """
     geometry = Description.load(settings.data[0])
     total = sum(Description.load(folder).splits.get(settings.split, 0) for folder in settings.data)
+    total = min(total, settings.limit) if settings.limit else total
     parts: list[Answers] = []
     with progress_bar("evaluate", total=total, unit="images") as progress:
         for samples in iterate_samples(settings.data, split=settings.split, count=_CHUNK):
+            if settings.limit:
+                samples = samples.take(np.arange(min(len(samples), settings.limit - progress.done)))
             (batch,) = plain_batches(
                 samples, image_size=geometry.image_size, mask_size=geometry.mask_size, batch_size=len(samples)
             )
             faces = batch.images.to(torch.uint8).permute(0, 2, 3, 1).numpy()
             masks = batch.masks.numpy() > 0.5 if settings.masks == "landmarks" else None
             logits = labeller.logits(faces, masks)
+            if not np.isfinite(logits).all():
+                name = samples.names[~np.isfinite(logits).all(axis=1)][0]
+                raise CheckpointError(f"model: {settings.model!r} gives answers that are not finite for {name}")
             parts.append(Answers(samples.names, logits, samples.labels, samples.known, samples.found))
             progress.advance(len(samples))
+            if progress.done == settings.limit:
+                break
     if not parts:
         folders = ", ".join(map(str, settings.data))
         raise ConfigError(f"split: no readable picture of split {settings.split!r} in {folders}")
     fields = ("names", "logits", "labels", "known", "found")
     return Answers(*(np.concatenate([getattr(part, field) for part in parts]) for field in fields))
+
+
+def _check_device(device: str | None) -> None:
+    if device is None or device == "cpu":
+        return
+    index, count = int(device.partition(":")[2] or 0), torch.cuda.device_count()
+    if index >= count:
+        raise ConfigError(f"device: {device!r}, but this machine has {count} GPUs that torch can use")
 
 
 def _check_geometry(settings: EvaluateSettings, checkpoint: Checkpoint) -> None:
@@ -197,26 +237,36 @@ def _rounded(value: float | None) -> float | None:
 
 def _command(settings: EvaluateSettings) -> str:
     data = ",".join(str(folder) for folder in settings.data)
-    command = f"mgmtn evaluate --model {settings.model} --data {data} --split {settings.split}"
-    return command + (" --masks landmarks" if settings.masks == "landmarks" else "")
+    words = ["mgmtn", "evaluate", "--model", settings.model, "--data", data, "--split", settings.split]
+    words += ["--masks", "landmarks"] if settings.masks == "landmarks" else []
+    words += ["--limit", str(settings.limit)] if settings.limit else []
+    return shlex.join([*words, "--output", str(settings.output)])
 
 
-def record(settings: EvaluateSettings, checkpoint: Checkpoint, figures: dict[str, Any]) -> None:
-    """Write the figures into the card of a model's local folder.
+def _card_file(settings: EvaluateSettings) -> Path:
+    """The card to record in.
 
     Raises:
         ConfigError: the model is not a local folder.
     """
-    folder = Path(settings.model)
-    if not (folder / CARD_FILE).is_file():
+    card = Path(settings.model) / CARD_FILE
+    if not card.is_file():
         raise ConfigError(f"record: {settings.model!r} is not a local folder with a {CARD_FILE}")
+    return card
+
+
+def record(settings: EvaluateSettings, checkpoint: Checkpoint, figures: dict[str, Any]) -> None:
+    """Write the figures into the card of a model's local folder; its weights are not touched."""
+    path = _card_file(settings)
     name = "+".join(path.name for path in settings.data) + f"/{settings.split}"
     measured = {key: value for key, value in figures.items() if key not in ("model_id", "output")}
     accuracy = checkpoint.card.accuracy | {name: measured | {"date": f"{datetime.now(UTC):%Y-%m-%d}"}}
     card = checkpoint.card.model_copy(update={"accuracy": accuracy})
     assert card.model_id == checkpoint.card.model_id
-    Checkpoint(card, checkpoint.weights).save(folder)
-    log.info("event=recorded card=%s figures=%s", folder / CARD_FILE, name)
+    new = path.with_suffix(".new")
+    new.write_text(card.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    os.replace(new, path)  # in one step: a model without its card would be lost
+    log.info("event=recorded card=%s figures=%s", path, name)
 
 
 def as_markdown(figures: Report, summary: dict[str, Any], command: str) -> str:
@@ -227,7 +277,8 @@ def as_markdown(figures: Report, summary: dict[str, Any], command: str) -> str:
     lines += [f"| {key} | {value} |" for key, value in summary.items() if key not in ("model_id", "split", "output")]
     lines += ["", "| group | mean accuracy, % |", "|---|---|"]
     lines += [f"| {group} | {_percent(value)} |" for group, value in figures.group_means("accuracy").items()]
-    lines += ["", "| attribute | group | accuracy | balanced | F1 | AP | ECE | majority |", "|---" * 8 + "|"]
+    lines += ["", "Each attribute, all figures in %:", ""]
+    lines += ["| attribute | group | accuracy | balanced | F1 | AP | ECE | majority |", "|---" * 8 + "|"]
     for name, row in figures.attributes.items():
         shares = (row.accuracy, row.balanced_accuracy, row.f1, row.average_precision, row.ece, row.majority)
         lines.append(f"| {name} | {owner[name]} | " + " | ".join(str(_percent(share)) for share in shares) + " |")
@@ -262,9 +313,9 @@ def draw_accuracy(path: Path, figures: Report) -> None:
     axes.barh(rows, accuracy, color="tab:blue", label="model")
     axes.scatter(majority, rows, color="black", marker="|", s=80, label="majority class", zorder=3)
     axes.set_yticks(rows, ATTRIBUTES, fontsize=7)
-    axes.invert_yaxis()
-    axes.set(xlim=(40, 100), xlabel="accuracy, %")
-    axes.legend(loc="lower left")
+    axes.set_ylim(len(ATTRIBUTES) - 0.4, -0.6)
+    axes.set(xlim=(0, 100), xlabel="accuracy, %")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8)  # above: no corner is free of bars
     _save(figure, path)
 
 
@@ -274,26 +325,41 @@ def _save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_worst(settings: EvaluateSettings, answers: Answers, probabilities: np.ndarray, thresholds: np.ndarray) -> None:
-    """The pictures whose labels the model contradicts most firmly, one for each picture."""
-    wrong = ((probabilities >= thresholds) != (answers.labels == 1)) & answers.known & answers.found[:, None]
-    firmness = np.where(wrong, np.abs(probabilities - thresholds), -1)
-    attribute_of = firmness.argmax(axis=1)
+def draw_worst(settings: EvaluateSettings, answers: Answers, excess: np.ndarray, probabilities: np.ndarray) -> None:
+    """The pictures whose labels the model contradicts most firmly, the firmest first, each with its worst label.
+
+    Args:
+        settings: where the pictures are.
+        answers: the readable pictures first, in the order of the files.
+        excess: probabilities less thresholds, shape `(N, 40)`.
+        probabilities: shape `(N, 40)`.
+    """
+    wrong = ((excess >= 0) != (answers.labels == 1)) & answers.known & answers.found[:, None]
+    firmness = np.where(wrong, np.abs(excess), -1.0)
     order = np.argsort(-firmness.max(axis=1), kind="stable")[:WORST]
-    chosen = {str(answers.names[index]): index for index in order if firmness[index].max() > 0}
-    faces = {
-        str(name): face
-        for samples in iterate_samples(settings.data, split=settings.split, count=_CHUNK)
-        for name, face in zip(samples.names, samples.faces, strict=True)
-        if str(name) in chosen
-    }
+    chosen = [int(index) for index in order if firmness[index].max() >= 0]
+    faces = _faces_at(settings, chosen)
     captions = []
-    for name in faces:
-        k = attribute_of[chosen[name]]
-        label = "yes" if answers.labels[chosen[name], k] == 1 else "no"
-        captions.append(f"{ATTRIBUTES[k]} {probabilities[chosen[name], k]:.2f}, label {label}")
-    if faces:
-        contact_sheet(list(faces.values()), captions).save(settings.output / "worst.png")
+    for index in chosen:
+        k = int(firmness[index].argmax())
+        label = "yes" if answers.labels[index, k] == 1 else "no"
+        name = Path(str(answers.names[index])).name
+        captions.append(f"{name}\n{ATTRIBUTES[k]}\n{probabilities[index, k]:.3f}, label {label}")
+    if chosen:
+        contact_sheet([faces[index] for index in chosen], captions).save(settings.output / "worst.png")
+
+
+def _faces_at(settings: EvaluateSettings, places: Sequence[int]) -> dict[int, np.ndarray]:
+    """The faces at some places of the split: by place, since two tables may name a picture alike."""
+    wanted, start = set(places), 0
+    faces: dict[int, np.ndarray] = {}
+    for samples in iterate_samples(settings.data, split=settings.split, count=_CHUNK):
+        here = wanted.intersection(range(start, start + len(samples)))
+        faces |= {place: samples.faces[place - start] for place in here}
+        start += len(samples)
+        if len(faces) == len(wanted):
+            break
+    return faces
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """How good 40 probabilities are, attribute by attribute; the figures themselves come from torchmetrics.
 
-An attribute's unknown labels are left out. A figure that is undefined for an attribute (average precision without a
-positive, balanced accuracy without both kinds) is None, and means leave it out.
+An attribute's unknown labels are left out. A figure that says nothing of an attribute (average precision and balanced
+accuracy without both kinds of label, F1 without a positive) is None, and means leave it out.
 """
 
 from dataclasses import asdict, dataclass
@@ -67,7 +67,7 @@ def attribute_metrics(probabilities: np.ndarray, labels: np.ndarray, *, threshol
         accuracy=binary_accuracy(decided, truth).item(),
         balanced_accuracy=(true_positive / positives + true_negative / (count - positives)) / 2 if both else None,
         f1=binary_f1_score(decided, truth).item() if positives else None,
-        average_precision=binary_average_precision(scores, truth).item() if positives else None,
+        average_precision=binary_average_precision(scores, truth).item() if both else None,
         ece=binary_calibration_error(scores, truth, n_bins=CALIBRATION_BINS).item(),
     )
 

@@ -1,4 +1,5 @@
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from jobs.data.stages import EVERYWHERE
 from jobs.data.training_table import TRAINING_SCHEMA, Description, encode_face
 from jobs.evaluate import EvaluateSettings
 from mgmtn.checkpoint import Card, Checkpoint
-from mgmtn.errors import ConfigError
+from mgmtn.errors import CheckpointError, ConfigError
 from mgmtn.masks import MASK_SIZE, pack_masks
 from mgmtn.network import MGMTN, NetworkSettings
 
@@ -111,3 +112,108 @@ def test_a_split_without_rows_and_a_missing_table_are_named(model: Path, data: P
         evaluate.run(settings(model, data, tmp_path / "out", split="train"))
     with pytest.raises(ConfigError, match="not a finished training table"):
         evaluate.run(settings(model, tmp_path / "nowhere", tmp_path / "out"))
+
+
+def write_labels(folder: Path, labels: list[list[int]]) -> None:
+    """Put other labels into a table, row by row."""
+    path = folder / "part-00000.parquet"
+    rows = pq.read_table(path).to_pylist()
+    rows = [row | {"labels": given} for row, given in zip(rows, labels, strict=True)]
+    pq.write_table(pa.Table.from_pylist(rows, schema=TRAINING_SCHEMA), path)
+
+
+def sheet_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[np.ndarray], list[str]]]:
+    """Where each contact sheet's tiles and captions will be, drawn all the same."""
+    drawn: list[tuple[list[np.ndarray], list[str]]] = []
+    draw = evaluate.contact_sheet
+
+    def listen(tiles: list[np.ndarray], captions: list[str]) -> Any:
+        drawn.append((tiles, captions))
+        return draw(tiles, captions)
+
+    monkeypatch.setattr(evaluate, "contact_sheet", listen)
+    return drawn
+
+
+def test_the_sheet_shows_the_firmest_errors_of_the_right_pictures_when_tables_share_names(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in data.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    right = [1] + [0] * 39
+    write_labels(data, [right] * 3 + [[*right[:7], 1, *right[8:]]] + [right] * 7)  # 3.jpg: a no at 0.12 that is a yes
+    rows = pq.read_table(other / "part-00000.parquet").to_pylist()
+    black = encode_face(np.zeros((SIZE + 2 * MARGIN, SIZE + 2 * MARGIN, 3), np.uint8))
+    rows = [row | {"face": row["face"] and black} for row in rows]
+    pq.write_table(pa.Table.from_pylist(rows, schema=TRAINING_SCHEMA), other / "part-00000.parquet")
+    drawn = sheet_of(monkeypatch)
+    evaluate.run(EvaluateSettings(model=str(model), data=(data, other), output=tmp_path / "out", device="cpu"))
+    ((tiles, captions),) = drawn
+    assert captions == ["3.jpg\nbig_nose\n0.119, label yes"]
+    assert tiles[0].any()  # not the other table's black 3.jpg
+    assert (tmp_path / "out/worst.png").stat().st_size > 1000
+
+
+def test_the_firmest_error_comes_first(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint.load(model)
+    card = checkpoint.card.model_copy(update={"thresholds": {"young": 0.9}})
+    Checkpoint(card, checkpoint.weights).save(model)
+    right = [1] + [0] * 39
+    write_labels(data, [right] * 4 + [[*right[:7], 1, *right[8:]]] + [[*right[:39], 1]] + [right] * 5)
+    drawn = sheet_of(monkeypatch)
+    evaluate.run(settings(model, data, tmp_path / "out"))
+    assert [caption.split("\n")[:2] for caption in drawn[0][1]] == [["5.jpg", "young"], ["4.jpg", "big_nose"]]
+
+
+def test_answers_that_are_not_finite_are_refused_not_counted_as_no(model: Path, data: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.load(model)
+    module = checkpoint.network()
+    with torch.no_grad():
+        module.heads.bias_A[3] = torch.nan
+    Checkpoint.of(module, checkpoint.card).save(model)
+    with pytest.raises(CheckpointError, match=r"not finite for 0\.jpg"):
+        evaluate.run(settings(model, data, tmp_path / "out"))
+
+
+def test_a_limit_takes_the_first_pictures_and_unreadable_ones_last(model: Path, data: Path, tmp_path: Path) -> None:
+    assert evaluate.run(settings(model, data, tmp_path / "out", limit=3))["images"] == 3
+    everything = evaluate.run(settings(model, data, tmp_path / "out", limit=11))
+    assert (everything["images"], everything["unreadable"]) == (11, 1)
+
+
+def test_the_recorded_command_runs_as_it_stands(model: Path, data: Path, tmp_path: Path) -> None:
+    evaluate.run(settings(model, data, tmp_path / "an out", record=True))
+    measured = Checkpoint.load(model).card.accuracy["data/test"]
+    assert evaluate.main(shlex.split(measured["command"])[2:]) == 0
+    assert sorted(path.name for path in model.iterdir()) == ["card.json", "model.safetensors"]
+
+
+def test_recording_without_a_folder_is_refused_before_any_work(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint.load(model)
+    monkeypatch.setattr(evaluate, "resolve_model", lambda name: checkpoint)
+    with pytest.raises(ConfigError, match="record: 's3://bucket/model' is not a local folder"):
+        evaluate.run(EvaluateSettings(model="s3://bucket/model", data=(data,), output=tmp_path / "out", record=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_device_that_is_not_there_is_named(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", str(model), "--data", str(data), "--output", str(tmp_path / "out"), "--device"]
+    assert evaluate.main([*arguments, "banana"]) == 2
+    assert "banana" in capsys.readouterr().err
+    assert evaluate.main([*arguments, "cuda:99"]) == 2
+    assert "device: 'cuda:99'" in capsys.readouterr().err
+
+
+def test_labels_that_nobody_gave_measure_nothing(model: Path, data: Path, tmp_path: Path) -> None:
+    write_labels(data, [[-1] * 40] * 11)
+    summary = evaluate.run(settings(model, data, tmp_path / "out"))
+    assert (summary["images"], summary["mean_accuracy"], summary["ece"]) == (11, None, None)
+    json.loads((tmp_path / "out/metrics.json").read_text(), parse_constant=pytest.fail)  # no NaN

@@ -51,3 +51,10 @@ def test_unknown_labels_do_not_count() -> None:
     figures = report(probabilities, labels, known, thresholds=np.full(40, 0.5))
     assert figures.mean("accuracy") == 1
     assert set(figures.group_means("accuracy").values()) == {1.0}
+
+
+def test_average_precision_needs_both_kinds_of_label() -> None:
+    probabilities = np.array([0.9, 0.2])
+    assert attribute_metrics(probabilities, np.array([1, 1]), threshold=0.5).average_precision is None
+    assert attribute_metrics(probabilities, np.array([0, 0]), threshold=0.5).average_precision is None
+    assert attribute_metrics(probabilities, np.array([1, 0]), threshold=0.5).average_precision == 1

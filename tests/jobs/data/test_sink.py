@@ -1,5 +1,4 @@
 import os
-from collections.abc import Iterator
 
 import duckdb
 import numpy as np
@@ -12,13 +11,6 @@ from jobs.data.schema import TABLE_SCHEMA
 from jobs.data.sink import LabelSink
 from jobs.data.snapshots import LabelTable, next_snapshot
 from mgmtn.errors import ConfigError
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture
