@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray.train
@@ -42,9 +42,11 @@ from mgmtn.errors import ConfigError
 from mgmtn.losses import AttributeLoss, attribute_loss, mask_loss, positive_weights
 from mgmtn.mask_net import MaskNet, MaskNetSettings, overlaps
 from mgmtn.network import MGMTN, NetworkSettings
-from mgmtn.pretrained import load_imagenet_weights
+from mgmtn.pretrained import load_imagenet_weights, load_trunk_weights
 
 log = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=nn.Module)
 
 USAGE = "usage: mgmtn train masks|attributes --data DATA --output DIR [settings]; --help after the word lists them"
 
@@ -61,6 +63,9 @@ class TrainSettings(Settings):
     gpu: bool = Field(False, description="a GPU for each worker, NCCL between them; otherwise CPUs and gloo")
     threads: PositiveInt = Field(1, description="CPUs of each worker")
     max_failures: int = Field(3, ge=0, description="times that the run goes on by itself after a worker died")
+    init: Path | None = Field(
+        None, description="a checkpoint of the same kind to start from: its tensors that fit by name and shape"
+    )
     half_weights: bool = Field(True, description="store matrices in 16 bits: half the size, the same accuracy")
     optimisation: OptimisationSettings = Field(default_factory=OptimisationSettings)
     augment: AugmentSettings = Field(default_factory=AugmentSettings)
@@ -81,6 +86,11 @@ class TrainAttributesSettings(TrainSettings):
     network: NetworkSettings = Field(default_factory=NetworkSettings)
     mask_model: Path | None = Field(None, description="AML's checkpoint, for learned masks")
     pretrained: bool = Field(True, description="start the trunk from ImageNet weights")
+    trunk_weights: Path | None = Field(
+        None, description="a state dict (.pt, .safetensors) that the trunk starts from, in place of ImageNet's"
+    )
+    freeze: int = Field(0, ge=0, description="the trunk keeps its weights up to features of stride 2^freeze; 0: none")
+    average_flip: bool = Field(True, description="the model answers with the mean of a face and its mirror image")
     loss: AttributeLoss = Field("bce", description="binary cross-entropy or focal loss")
     balance: bool = Field(False, description="weigh positives by the root of negatives per positive (with bce)")
 
@@ -129,6 +139,7 @@ class MaskTask:
     network: MaskNetSettings
     image_size: int
     mask_size: int
+    init: Checkpoint | None = None
 
     def load(self) -> tuple[Samples, Samples]:
         # A picture in which no face was found has no masks to learn from.
@@ -136,7 +147,7 @@ class MaskTask:
         return train.take(np.flatnonzero(train.found)), held_out.take(np.flatnonzero(held_out.found))
 
     def build(self) -> nn.Module:
-        return MaskNet(self.network)
+        return started_from(MaskNet(self.network), self.init)
 
     def loss(self, module: nn.Module, batch: Batch) -> Tensor:
         logits = module(batch.images)
@@ -166,17 +177,26 @@ class AttributeTask:
     positive_weight: tuple[float, ...] | None
     image_size: int
     mask_size: int
+    trunk_weights: Path | None = None
+    freeze: int = 0
+    init: Checkpoint | None = None
+    average_flip: bool = False
 
     def load(self) -> tuple[Samples, Samples]:
         return self.source.load()
 
     def build(self) -> nn.Module:
         module = MGMTN(self.network)
-        if self.pretrained:
+        if self.trunk_weights is not None:
+            load_trunk_weights(module.trunk.net, path=self.trunk_weights)
+        elif self.pretrained:
             load_imagenet_weights(module.trunk.net, name=self.network.backbone)
+        started_from(module, self.init)
         if module.mask_net is not None and self.mask_checkpoint is not None:
             module.mask_net.load_state_dict(self.mask_checkpoint.tensors())
             module.mask_net.requires_grad_(False)
+        if self.freeze:
+            module.trunk.freeze(self.freeze)
         return module
 
     def _masks(self, batch: Batch) -> Tensor | None:
@@ -188,7 +208,11 @@ class AttributeTask:
         return attribute_loss(logits, batch.labels, batch.known, kind=self.loss_kind, positive_weight_A=weight)
 
     def validate(self, module: nn.Module, batch: Batch) -> Tensor:
-        return module(batch.images, self._masks(batch))
+        masks = self._masks(batch)
+        logits: Tensor = module(batch.images, masks)
+        if not self.average_flip:
+            return logits
+        return (logits + module(batch.images.flip(3), None if masks is None else masks.flip(3))) / 2
 
     def metrics(self, results: Tensor, samples: Samples) -> dict[str, float]:
         labels, known = torch.from_numpy(samples.labels == 1), torch.from_numpy(samples.known)
@@ -199,10 +223,28 @@ class AttributeTask:
         return {"score": (right[named] / counts[named]).mean().item(), "validation_loss": loss.item()}
 
 
+def started_from(module: M, init: Checkpoint | None) -> M:
+    """Fill a network with the tensors of a checkpoint that fit it, in place.
+
+    Raises:
+        ConfigError: none does.
+    """
+    if init is None:
+        return module
+    state = module.state_dict()
+    fitting = {
+        name: value for name, value in init.tensors().items() if name in state and state[name].shape == value.shape
+    }
+    if not fitting:
+        raise ConfigError(f"init: no tensor of {init.card.name} fits this network")
+    module.load_state_dict(fitting, strict=False)
+    return module
+
+
 def run_masks(settings: TrainMasksSettings) -> dict[str, Any]:
     """Train AML; the summary holds the intersection over union of each group on the validation cut."""
     geometry = Description.load(settings.data[0])
-    task = MaskTask(_source(settings), settings.network, geometry.image_size, geometry.mask_size)
+    task = MaskTask(_source(settings), settings.network, geometry.image_size, geometry.mask_size, init=_init(settings))
     weights, _, metrics = train(settings, task)
     module = MaskNet(settings.network)
     module.load_state_dict(weights)
@@ -223,7 +265,7 @@ def run_attributes(settings: TrainAttributesSettings) -> dict[str, Any]:
         size = settings.network.image_size
         raise ConfigError(f"network.image_size: {size}, but {settings.data[0]} was prepared for {geometry.image_size}")
     mask_checkpoint, network = None, settings.network
-    if network.masks == "learned":
+    if network.masks == "learned" and network.head == "groups":
         if settings.mask_model is None:
             raise ConfigError("mask_model: learned masks need AML's checkpoint (mgmtn train masks makes one)")
         mask_checkpoint = Checkpoint.load(settings.mask_model)
@@ -234,6 +276,10 @@ def run_attributes(settings: TrainAttributesSettings) -> dict[str, Any]:
         network=network,
         mask_checkpoint=mask_checkpoint,
         pretrained=settings.pretrained,
+        trunk_weights=settings.trunk_weights.resolve() if settings.trunk_weights else None,
+        freeze=settings.freeze,
+        init=_init(settings),
+        average_flip=settings.average_flip,
         loss_kind=settings.loss,
         positive_weight=_positive_weight(source) if settings.balance else None,
         image_size=geometry.image_size,
@@ -258,6 +304,7 @@ def run_attributes(settings: TrainAttributesSettings) -> dict[str, Any]:
         network=network,
         thresholds=dict.fromkeys(ATTRIBUTES, 0.5),
         calibration=calibration,
+        average_flip=settings.average_flip,
         **account,
     )
     return _finish(settings, Checkpoint.of(module, card, half=settings.half_weights), metrics)
@@ -314,6 +361,10 @@ def _source(settings: TrainSettings) -> Source:
     return Source(tuple(path.resolve() for path in settings.data), settings.validation, settings.limit)
 
 
+def _init(settings: TrainSettings) -> Checkpoint | None:
+    return None if settings.init is None else Checkpoint.load(settings.init)
+
+
 def _positive_weight(source: Source) -> tuple[float, ...]:
     train_samples, _ = source.load()
     labels, known = torch.from_numpy(train_samples.labels == 1), torch.from_numpy(train_samples.known)
@@ -323,7 +374,9 @@ def _positive_weight(source: Source) -> tuple[float, ...]:
 def _account(settings: TrainSettings, metrics: dict[str, Any], *, command: str) -> dict[str, Any]:
     """The parts of a card that say where a model comes from; folders by their names, for a card travels."""
     tables = [Description.load(folder) for folder in settings.data]
-    settled = settings.model_dump(mode="json", exclude={"data", "output", "cluster", "network", "mask_model"})
+    settled = settings.model_dump(
+        mode="json", exclude={"data", "output", "cluster", "network", "mask_model", "init", "trunk_weights"}
+    )
     training = {
         "command": f"mgmtn train {command}" + (f" --config {settings.config}" if settings.config else ""),
         "data": [table.model_copy(update={"dataset": Path(table.dataset).name}).model_dump() for table in tables],

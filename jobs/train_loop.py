@@ -7,10 +7,11 @@ import csv
 import json
 import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import ray.train
@@ -20,7 +21,7 @@ import torch
 import torch.distributed
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from jobs.data.batches import AugmentSettings, Batch, plain_batches, training_batches
 from jobs.data.training_table import Samples
@@ -50,6 +51,9 @@ class OptimisationSettings(BaseModel):
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the rate rises to its peak")
     weight_decay: float = Field(0.02, ge=0, description="AdamW's, on matrices and kernels only")
     gradient_norm: float = Field(5.0, gt=0, description="gradients are scaled down to this norm")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of the forward pass; auto: bf16 on GPUs, fp32 on CPUs; bf16 is fast on some CPUs, too"
+    )
     ema: float = Field(0.998, ge=0, lt=1, description="decay of the averaged weights, the ones that are kept")
     seed: int = Field(0, ge=0, description="of initial weights, order and augmentation")
 
@@ -110,6 +114,7 @@ def train_worker(config: dict[str, LoopConfig]) -> None:
     torch.set_num_threads(loop.threads)
     torch.manual_seed(opt.seed)
     per_worker = max(1, opt.batch_size // world)
+    in_bf16 = opt.precision == "bf16" or (opt.precision == "auto" and device.type == "cuda")
 
     # Data, network, optimiser.
     samples, held_out = task.load()
@@ -122,7 +127,7 @@ def train_worker(config: dict[str, LoopConfig]) -> None:
     model = ray.train.torch.prepare_model(module)
     optimizer = torch.optim.AdamW(parameter_groups(module, opt), weight_decay=opt.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, total_steps, opt.warmup))
-    average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(opt.ema), use_buffers=True)
+    average = AveragedModel(module, multi_avg_fn=moving_average(opt.ema), use_buffers=True)
 
     # Go on where an earlier run stopped.
     first_epoch, best = 0, -math.inf
@@ -150,7 +155,7 @@ def train_worker(config: dict[str, LoopConfig]) -> None:
             world=world,
         )
         for step, batch in enumerate(batches):
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16):
                 loss = task.loss(model, batch.to(device))
             if not torch.isfinite(loss):
                 raise TrainingDiverged(f"loss is {loss.item()} in epoch {epoch}, step {step} of {steps_per_epoch}")
@@ -191,6 +196,21 @@ def train_worker(config: dict[str, LoopConfig]) -> None:
                 append_log(Path(loop.log_folder) / LOG_FILE, metrics)
                 saved = ray.train.Checkpoint.from_directory(folder)
             ray.train.report(metrics, checkpoint=saved)
+
+
+def moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
+    """An exponential moving average for `AveragedModel` that forgets the first weights soon: its decay rises from 0.1
+    to `decay` as (1 + steps) / (10 + steps), as TensorFlow's ExponentialMovingAverage has it."""
+
+    def update(averages: Sequence[Tensor], values: Sequence[Tensor], steps: Tensor | int) -> None:
+        weight = 1 - min(decay, (1 + int(steps)) / (10 + int(steps)))
+        for average, value in zip(averages, values, strict=True):
+            if average.is_floating_point():
+                average.lerp_(value, weight)
+            else:
+                average.copy_(value)
+
+    return update
 
 
 def freeze_unused(module: nn.Module, task: Task, samples: Samples, device: torch.device) -> None:

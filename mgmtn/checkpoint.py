@@ -50,6 +50,7 @@ class Card(BaseModel):
     groups: dict[str, tuple[str, ...]] = GROUP_ATTRIBUTES
     thresholds: dict[str, float] = Field(default_factory=dict, description="probability from which a label is set")
     calibration: dict[str, Calibration] = Field(default_factory=dict)
+    average_flip: bool = Field(False, description="answer with the mean logits of a face and its mirror image")
     weights_sha256: str = ""
 
     training: dict[str, Any] = Field(default_factory=dict, description="data, commands, settings, licence")
@@ -58,8 +59,13 @@ class Card(BaseModel):
 
     @property
     def model_id(self) -> str:
-        """The name and twelve hexadecimal digits of what decides the model's answers."""
-        content = json.dumps(self.model_dump(mode="json", exclude={"training", "accuracy", "versions"}), sort_keys=True)
+        """The name and twelve hexadecimal digits of what decides the model's answers.
+
+        Defaults do not count, so that a later field, whose default is what went before, leaves every id as it was.
+        For the same reason no default of the card, nor of the networks' settings, may ever change.
+        """
+        about = {"training", "accuracy", "versions"}
+        content = json.dumps(self.model_dump(mode="json", exclude=about, exclude_defaults=True), sort_keys=True)
         return f"{self.name}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
     @property

@@ -62,8 +62,15 @@ class Labeller:
             part = slice(start, start + self.batch_size)
             given = None if masks is None else self._to_device(masks[part]).float()
             images = self._to_device(faces[part]).permute(0, 3, 1, 2)
-            out[part] = self.network(images, given).float().cpu().numpy()
+            out[part] = self._answer(images, given).float().cpu().numpy()
         return out
+
+    def _answer(self, images_B3SS: Tensor, masks_BGMM: Tensor | None) -> Tensor:
+        logits_BA: Tensor = self.network(images_B3SS, masks_BGMM)
+        if not self.card.average_flip:
+            return logits_BA
+        mirrored = None if masks_BGMM is None else masks_BGMM.flip(3)
+        return (logits_BA + self.network(images_B3SS.flip(3), mirrored)) / 2
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         # A copy: arrays that arrive from Ray's object store are read-only.

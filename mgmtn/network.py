@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
+import mgmtn.mobilefacenet  # noqa: F401  so that timm knows it
 from mgmtn.attributes import ATTRIBUTES, GROUP_ATTRIBUTES, GROUPS
 from mgmtn.errors import ConfigError
 from mgmtn.mask_net import MaskNet, MaskNetSettings
@@ -35,6 +36,9 @@ class NetworkSettings(BaseModel):
     levels: tuple[int, ...] = Field((3, 4, 5), description="feature levels that masks pool: level i has stride 2^i")
     masks: MaskSource = Field("learned", description="where group masks come from; ones: plain average pooling")
     fusion: Fusion = Field("concat", description="how a group's feature meets the global one (G2FF); none: it does not")
+    head: Literal["groups", "plain"] = Field(
+        "groups", description="a head per facial group; plain: one for all on the global feature, without masks"
+    )
     width: int = Field(128, ge=8, description="channels of each group's fused feature")
     dropout: float = Field(0.2, ge=0, lt=1, description="share of fused features dropped in training")
     pixel_mean: float = Field(127.0, description="subtracted from pixels of 0 to 255")
@@ -154,6 +158,21 @@ class Trunk(nn.Module):
         last_BCHW, maps = self.net.forward_intermediates(images_B3SS, indices=self.positions)
         return [*maps, last_BCHW] if self.uses_last_map else maps, last_BCHW
 
+    def freeze(self, level: int) -> None:
+        """Keep the trunk as it is up to the features of stride 2^level: weights and statistics.
+
+        Raises:
+            ConfigError: the trunk has no features of that stride.
+        """
+        modules = {int(info["reduction"]): str(info["module"]) for info in self.net.feature_info}
+        if 2**level not in modules:
+            raise ConfigError(f"freeze: the trunk has features of strides {sorted(modules)}, none for level {level}")
+        names = [name for name, _ in self.net.named_parameters()]
+        # In the order of definition, which is that of the forward pass.
+        last = max(index for index, name in enumerate(names) if name.startswith(modules[2**level] + "."))
+        for name, parameter in self.net.named_parameters():
+            parameter.requires_grad_(name not in names[: last + 1])
+
 
 class MGMTN(nn.Module):
     """Aligned faces to 40 attribute logits."""
@@ -162,15 +181,22 @@ class MGMTN(nn.Module):
         super().__init__()
         self.settings = settings
         self.trunk = Trunk(settings.backbone, settings.levels)
-        self.mask_net = MaskNet(settings.mask_net) if settings.masks == "learned" else None
+        self.dropout = nn.Dropout(settings.dropout)
+        self.mask_net = MaskNet(settings.mask_net) if self.uses_masks and settings.masks == "learned" else None
+        if settings.head == "plain":
+            self.head = nn.Linear(self.trunk.last_map_channels, len(ATTRIBUTES))
+            return
         self.fuse = GroupGlobalFusion(
             group_channels=sum(self.trunk.channels),
             global_channels=self.trunk.last_map_channels,
             width=settings.width,
             fusion=settings.fusion,
         )
-        self.dropout = nn.Dropout(settings.dropout)
         self.heads = GroupHeads(settings.width)
+
+    @property
+    def uses_masks(self) -> bool:
+        return self.settings.head == "groups" and self.settings.masks != "ones"
 
     def forward(self, images_B3SS: Tensor, masks_BGMM: Tensor | None = None) -> Tensor:
         """Predict attribute logits.
@@ -184,17 +210,22 @@ class MGMTN(nn.Module):
             Logits, shape `(B, 40)`, in the order of `ATTRIBUTES`.
         """
         images_B3SS = images_B3SS.float()
-        masks_BGMM = self.soft_masks(images_B3SS, masks_BGMM)
         maps, last_BCHW = self.trunk((images_B3SS - self.settings.pixel_mean) / self.settings.pixel_std)
+        if self.settings.head == "plain":
+            return self.head(self.dropout(last_BCHW.mean(dim=(2, 3))))
+        masks_BGMM = self.soft_masks(images_B3SS, masks_BGMM)
         pooled = [pool_by_group(features_BCHW, resize_masks(masks_BGMM, features_BCHW)) for features_BCHW in maps]
         fused_BGD = self.fuse(torch.cat(pooled, dim=2), last_BCHW.mean(dim=(2, 3)))
         return self.heads(self.dropout(fused_BGD))
 
     def train(self, mode: bool = True) -> Self:
-        """As of any module, but a frozen mask network keeps the statistics that it was trained with."""
+        """As of any module, but frozen parts keep the statistics that they were trained with."""
         super().train(mode)
         if self.mask_net is not None and not any(p.requires_grad for p in self.mask_net.parameters()):
             self.mask_net.eval()
+        for module in self.trunk.modules():
+            if isinstance(module, nn.BatchNorm2d) and not any(p.requires_grad for p in module.parameters()):
+                module.eval()
         return self
 
     def soft_masks(self, images_B3SS: Tensor, given_BGMM: Tensor | None = None) -> Tensor:

@@ -4,9 +4,12 @@ To add a package: one line in `_PACKAGES`.
 """
 
 import importlib.util
+import pickle
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import safetensors.torch
 import timm
 import torch
 from torch import Tensor, nn
@@ -54,3 +57,27 @@ def _from_hub(name: str) -> dict[str, Tensor]:
         ) from error
     weights: dict[str, Tensor] = net.state_dict()
     return weights
+
+
+def load_trunk_weights(trunk: nn.Module, *, path: Path) -> None:
+    """Fill a trunk from a state dict in a file, in place; tensors that the trunk has no place for are left out.
+
+    Args:
+        trunk: a timm network, built without its classifier.
+        path: `.safetensors`, or what `torch.save` made of a dict of tensors (nothing else in it is executed or read).
+
+    Raises:
+        ConfigError: the file cannot be read, or lacks a tensor of the trunk.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
+        raise ConfigError(f"trunk_weights: {str(path)!r} cannot be read: {error}") from error
+    wanted = trunk.state_dict()
+    missing = [key for key in wanted if key not in state or state[key].shape != wanted[key].shape]
+    if missing:
+        raise ConfigError(f"trunk_weights: {str(path)!r} lacks {len(missing)} tensors of the trunk, first {missing[0]}")
+    trunk.load_state_dict({key: state[key] for key in wanted})
