@@ -44,7 +44,7 @@ class AblationSettings(Settings):
     test: tuple[Path, ...] = Field(description="folders of training tables; their test rows are measured on")
     common: dict[str, Any] = Field(default_factory=dict, description="settings of mgmtn train attributes")
     arms: dict[str, dict[str, Any]] = Field(description="what each arm changes; the first is the reference")
-    seeds: tuple[int, ...] = Field((0, 1), min_length=2, description="each arm is trained once with each")
+    seeds: tuple[int, ...] = Field((0, 1), min_length=1, description="each arm is trained once with each")
     parallel: PositiveInt = Field(1, description="runs at the same time, each with its workers' CPUs")
 
 

@@ -3,7 +3,8 @@
   mgmtn evaluate --model M --data DATA --split test --output DIR
 
 Every picture of the split counts: one in which no face was found by its centre, and one that could not be read at all
-as if the model had said no to every attribute.
+as if the model had said no to every attribute. Of a mask network (AML), alone or inside a model, the agreement of its
+masks with those drawn from landmarks is measured.
 """
 
 import json
@@ -28,6 +29,7 @@ from pydantic import Field, PositiveInt
 from jobs.data.batches import plain_batches
 from jobs.data.models import resolve_model
 from jobs.data.training_table import Description, iterate_samples, unreadable_labels
+from jobs.mask_agreement import mask_agreement
 from jobs.settings import Settings, run_program
 from jobs.telemetry import progress_bar
 from mgmtn.attributes import ATTRIBUTES, GROUP_ATTRIBUTES
@@ -108,6 +110,8 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
     _check_device(settings.device)
     if settings.record:
         _card_file(settings)
+    if checkpoint.card.kind == "masks":
+        return run_masks(settings, checkpoint)
     labeller = Labeller(checkpoint, device=settings.device, batch_size=settings.batch_size)
     _check_geometry(settings, checkpoint)
     answers = ask(settings, labeller)
@@ -139,8 +143,12 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
         "mean_accuracy_faces": _percent(faces.mean("accuracy")),
         "no_face": int((~answers.found).sum()) - len(unreadable),
         "unreadable": len(unreadable),
-        "output": str(settings.output),
     }
+    if labeller.network.mask_net is not None:
+        summary["mask_iou"] = mask_agreement(
+            labeller.network.mask_net, settings.data, split=settings.split, limit=settings.limit
+        )
+    summary["output"] = str(settings.output)
     settings.output.mkdir(parents=True, exist_ok=True)
     command = _command(settings)
     everything = summary | {
@@ -157,6 +165,25 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
     if settings.record:
         record(settings, checkpoint, summary | {"command": command})
     return summary
+
+
+def run_masks(settings: EvaluateSettings, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Measure a mask network; the summary holds the intersection over union of each group.
+
+    Raises:
+        ConfigError: the table is missing or has no face of the split.
+    """
+    mask_net = checkpoint.mask_net().to(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    agreement = mask_agreement(
+        mask_net, settings.data, split=settings.split, limit=settings.limit, batch_size=settings.batch_size
+    )
+    summary = {"model_id": checkpoint.card.model_id, "split": settings.split, "mask_iou": agreement}
+    settings.output.mkdir(parents=True, exist_ok=True)
+    everything = summary | {"command": _command(settings), "date": f"{datetime.now(UTC):%Y-%m-%d}"}
+    (settings.output / "metrics.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    if settings.record:
+        record(settings, checkpoint, summary | {"command": _command(settings)})
+    return summary | {"output": str(settings.output)}
 
 
 def ask(settings: EvaluateSettings, labeller: Labeller) -> Answers:

@@ -149,6 +149,13 @@ def test_whatever_changes_the_answers_changes_the_models_id(checkpoint, change):
     assert checkpoint.card.model_copy(update=change).model_id != checkpoint.card.model_id
 
 
+def test_a_default_spelt_out_leaves_the_id(checkpoint):
+    card = checkpoint.card.model_dump(mode="json")
+    card["network"].pop("head")
+    card.pop("average_flip")
+    assert Card.model_validate(card).model_id == checkpoint.card.model_id
+
+
 def test_other_weights_have_another_id(network, checkpoint):
     torch.manual_seed(1)
     assert Checkpoint.of(MGMTN(TINY), CARD).card.model_id != checkpoint.card.model_id

@@ -159,3 +159,17 @@ def test_a_label_is_set_from_its_own_threshold_on(labeller):
 
 def test_a_probability_that_is_no_number_sets_no_label(labeller):
     assert labeller.label_bits(np.full((1, 40), np.nan, np.float32)).tolist() == [0]
+
+
+@pytest.mark.parametrize("masks_given", [False, True])
+def test_a_model_that_averages_with_the_mirror_image_says_the_same_of_both(faces, masks, masks_given):
+    checkpoint = tiny_checkpoint(masks="landmarks" if masks_given else "learned")
+    one_sided = Labeller(checkpoint, device="cpu")
+    card = checkpoint.card.model_copy(update={"average_flip": True})
+    both = Labeller(Checkpoint(card, checkpoint.weights), device="cpu")
+    some, drawn = faces[:4], masks[:4] if masks_given else None
+    mirrored, drawn_mirrored = some[:, :, ::-1], None if drawn is None else drawn[..., ::-1]
+    expected = (one_sided.logits(some, drawn) + one_sided.logits(mirrored, drawn_mirrored)) / 2
+    np.testing.assert_allclose(both.logits(some, drawn), expected, atol=1e-5)
+    np.testing.assert_allclose(both.logits(mirrored, drawn_mirrored), both.logits(some, drawn), atol=1e-5)
+    assert card.model_id != checkpoint.card.model_id
