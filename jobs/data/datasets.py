@@ -4,18 +4,17 @@ To add a format: write a reader and list it in `read_dataset`.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.data.object_store import canonical_uri, is_s3, join, local_copy, parent, resolve
+from jobs.data.object_store import canonical_uri, join, local_copy, parent, resolve
+from jobs.data.official_files import SPLITS, is_there, read_celeba, read_lfwa
 from mgmtn.attributes import ATTRIBUTES, attribute_name
 from mgmtn.errors import ConfigError, FetchError
 
-SPLITS = ("train", "validation", "test")
 UNKNOWN = -1  # a label that nobody gave
 
 DATASET_SCHEMA = pa.schema(
@@ -32,10 +31,9 @@ def read_dataset(dataset: str) -> pa.Table:
     """Read a labelled collection.
 
     Args:
-        dataset: a folder with `labels.csv` (columns `image` relative to the folder, the 40 names as 0, 1 or empty,
-            `split`); CelebA's official folder (`list_attr_celeba.txt`, `list_eval_partition.txt`,
-            `img_align_celeba/`); or a `.csv` or `.parquet` file with `uri`, labels and optionally `split`. A path in
-            a file is relative to the file's folder.
+        dataset: a folder or S3 prefix with `labels.csv` (columns `image` relative to the folder, the 40 names as 0, 1
+            or empty, `split`), or with CelebA's or LFWA's official files; or a `.csv` or `.parquet` file with `uri`,
+            labels and optionally `split`. A path in a file is relative to the file's folder.
 
     Returns:
         A table of `DATASET_SCHEMA`: labels are 0, 1, or -1 where unknown.
@@ -52,17 +50,18 @@ def read_dataset(dataset: str) -> pa.Table:
             uri_of=lambda name: resolve(name, folder=parent(uri)),
             source=dataset,
         )
-    if is_s3(uri) or (Path(uri) / "labels.csv").is_file():
+    if is_there(join(uri, "labels.csv")):
         frame = _read_frame(join(uri, "labels.csv"))
         return _table(
             frame, image=_column(frame, "image", dataset), uri_of=lambda name: join(uri, name), source=dataset
         )
-    if (Path(uri) / "list_attr_celeba.txt").is_file():
-        frame = _read_celeba(Path(uri))
-        return _table(
-            frame, image=frame["image"], uri_of=lambda name: join(uri, "img_align_celeba", name), source=dataset
-        )
-    raise ConfigError(f"dataset: {dataset!r} holds neither labels.csv nor CelebA's list_attr_celeba.txt")
+    official = read_celeba(uri) or read_lfwa(uri)
+    if official is not None:
+        frame, pictures = official.frame, official.pictures
+        return _table(frame, image=frame["image"], uri_of=lambda name: join(pictures, name), source=dataset)
+    raise ConfigError(
+        f"dataset: {dataset!r} holds neither labels.csv nor CelebA's list_attr_celeba.txt nor LFWA's lfw_att_40.mat"
+    )
 
 
 def _read_frame(uri: str) -> pd.DataFrame:
@@ -73,23 +72,6 @@ def _read_frame(uri: str) -> pd.DataFrame:
         return pd.read_csv(path, dtype={"image": str, "uri": str})  # 000001 is a name, not a number
     except (FetchError, ValueError, pa.ArrowInvalid) as error:
         raise ConfigError(f"dataset: {uri!r} cannot be read: {error}") from error
-
-
-def _read_celeba(folder: Path) -> pd.DataFrame:
-    """The official lists: a count, a header, then rows of a file name and 40 times -1 or 1; splits are 0, 1, 2."""
-    partition = folder / "list_eval_partition.txt"
-    try:
-        frame = pd.read_csv(folder / "list_attr_celeba.txt", sep=r"\s+", skiprows=1).replace(-1, 0)
-        parts = pd.read_csv(partition, sep=r"\s+", header=None, names=["image", "part"], dtype=str)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"dataset: {str(folder)!r}: CelebA's lists cannot be read: {error}") from error
-    split_of = dict(zip(parts["image"], parts["part"].map(dict(zip("012", SPLITS, strict=True))), strict=True))
-    frame = frame.rename_axis("image").reset_index()
-    frame["split"] = frame["image"].map(split_of)
-    missing = frame["image"][frame["split"].isna()]
-    if len(missing):
-        raise ConfigError(f"dataset: {str(partition)!r} gives {missing.iloc[0]!r} no split of 0, 1 or 2")
-    return frame
 
 
 def _column(frame: pd.DataFrame, name: str, source: str) -> pd.Series:

@@ -1,9 +1,10 @@
 """The training table: aligned faces with landmarks, masks and labels, in Parquet, beside a description of itself."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Self
 
 import cv2
@@ -13,11 +14,14 @@ import pyarrow.dataset as ds
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from jobs.data.datasets import UNKNOWN
+from jobs.data.object_store import canonical_uri, join, local_copy, open_store, parent
 from mgmtn.attributes import ATTRIBUTES
-from mgmtn.errors import ConfigError
+from mgmtn.errors import ConfigError, FetchError
 from mgmtn.masks import unpack_masks
 
 DESCRIPTION_FILE = "dataset.json"
+Folder = str | Path  # of a training table: a local one, or an s3:// prefix
+_ROWS_AT_ONCE = 512
 _COLUMNS = ["image", "face", "masks", "labels", "face_found"]
 
 TRAINING_SCHEMA = pa.schema(
@@ -52,24 +56,33 @@ class Description(BaseModel):
     failed: int
     splits: dict[str, int]
 
-    def save(self, folder: Path) -> None:
-        (folder / DESCRIPTION_FILE).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    def save(self, folder: Folder) -> None:
+        write_bytes(join(canonical_uri(str(folder)), DESCRIPTION_FILE), self.model_dump_json(indent=1).encode() + b"\n")
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
+    def load(cls, folder: Folder) -> Self:
         """Read a table's description.
 
         Raises:
             ConfigError: the folder has none, or it is of another version.
         """
+        uri = join(canonical_uri(str(folder)), DESCRIPTION_FILE)
         try:
-            return cls.model_validate_json((folder / DESCRIPTION_FILE).read_bytes())
-        except OSError as error:
+            return cls.model_validate_json(open_store(uri).get(uri))
+        except FetchError as error:
             raise ConfigError(
-                f"data: {str(folder)!r} is not a finished training table (mgmtn prepare makes one)"
+                f"data: {str(folder)!r} is not a finished training table (mgmtn prepare makes one): {error}"
             ) from error
         except (ValidationError, json.JSONDecodeError) as error:
-            raise ConfigError(f"data: {folder / DESCRIPTION_FILE}: {error}") from error
+            raise ConfigError(f"data: {uri}: {error}") from error
+
+
+def write_bytes(uri: str, content: bytes) -> None:
+    """Create or replace an object in one step."""
+    with TemporaryDirectory() as temporary:
+        path = Path(temporary, "content")
+        path.write_bytes(content)
+        open_store(uri).put_file(path, uri)
 
 
 @dataclass(frozen=True)
@@ -99,15 +112,28 @@ class Samples:
 
     def take(self, indices: np.ndarray) -> Self:
         """The samples at some indices, in that order."""
-        arrays = (self.names, self.faces, self.masks, self.labels, self.found)
-        return type(self)(*(array[indices] for array in arrays))
+        return type(self)(*(array[indices] for array in self._arrays))
+
+    @property
+    def _arrays(self) -> tuple[np.ndarray, ...]:
+        return self.names, self.faces, self.masks, self.labels, self.found
+
+    def room_for(self, count: int) -> Self:
+        """Arrays like these, of another length and yet without content."""
+        made = [np.empty((count, *array.shape[1:]), array.dtype) for array in self._arrays]
+        return type(self)(np.empty(count, object), *made[1:])
+
+    def put(self, indices: np.ndarray, samples: Self) -> None:
+        """Overwrite the samples at some indices."""
+        for mine, theirs in zip(self._arrays, samples._arrays, strict=True):
+            mine[indices] = theirs
 
     def unpacked_masks(self, mask_size: int) -> np.ndarray:
         """bool, shape `(N, 8, M, M)`."""
         return np.stack([unpack_masks(mask.tobytes(), mask_size=mask_size) for mask in self.masks])
 
 
-def load_samples(folders: tuple[Path, ...], *, split: str, limit: int = 0) -> Samples:
+def load_samples(folders: Sequence[Folder], *, split: str, limit: int = 0) -> Samples:
     """Read one split of one or several training tables of the same geometry into memory, sorted by table and name.
 
     Raises:
@@ -116,24 +142,56 @@ def load_samples(folders: tuple[Path, ...], *, split: str, limit: int = 0) -> Sa
     geometry = {(d.image_size, d.margin, d.mask_size) for d in map(Description.load, folders)}
     if len(geometry) > 1:
         raise ConfigError(f"data: the tables differ in (image_size, margin, mask_size): {sorted(geometry)}")
-    tables = [_read_split(folder, split) for folder in folders]
-    table = pa.concat_tables(tables)
-    if len(table) == 0:
+    names = [_dataset(folder).to_table(columns=["image"], filter=_readable(split))["image"] for folder in folders]
+    places = _places([column.to_numpy() for column in names], limit=limit)
+    count = sum(int((place >= 0).sum()) for place in places)
+    if count == 0:
         raise ConfigError(f"data: no usable row of split {split!r} in {', '.join(map(str, folders))}")
-    if limit:
-        table = table.slice(0, limit)
-    return _samples(table)
+    return _fill(folders, places, split=split, count=count)
 
 
-def iterate_samples(folders: tuple[Path, ...], *, split: str, count: int) -> Iterator[Samples]:
+def _places(names: Sequence[np.ndarray], *, limit: int) -> list[np.ndarray]:
+    """Where each row of each table belongs among all samples; -1 past the limit."""
+    places, start = [], 0
+    for column in names:
+        place = np.empty(len(column), np.int64)
+        place[np.argsort(column, kind="stable")] = np.arange(start, start + len(column))
+        places.append(np.where(place < limit, place, -1) if limit else place)
+        start += len(column)
+    return places
+
+
+def _fill(folders: Sequence[Folder], places: Sequence[np.ndarray], *, split: str, count: int) -> Samples:
+    """Decode row by row into arrays made once: all faces of CelebA take tens of gigabytes, and no Arrow column of
+    32-bit offsets could hold their files while they are sorted."""
+    filled: Samples | None = None
+    for folder, place in zip(folders, places, strict=True):
+        start = 0
+        for rows in _pieces(folder, split, count=_ROWS_AT_ONCE):
+            where = place[start : start + len(rows)]
+            start += len(rows)
+            if (where < 0).all():
+                continue
+            samples = _samples(rows.filter(pa.array(where >= 0)))
+            filled = filled or samples.room_for(count)
+            filled.put(where[where >= 0], samples)
+    assert filled is not None  # there are rows, for they were counted
+    return replace(filled, names=filled.names.astype(str))
+
+
+def iterate_samples(folders: Sequence[Folder], *, split: str, count: int) -> Iterator[Samples]:
     """The readable rows of one split, `count` at a time at most, in the order of the files."""
     for folder in folders:
-        for batch in _dataset(folder).to_batches(columns=_COLUMNS, filter=_readable(split), batch_size=count):
-            if batch.num_rows:
-                yield _samples(pa.Table.from_batches([batch]))
+        yield from map(_samples, _pieces(folder, split, count=count))
 
 
-def unreadable_labels(folders: tuple[Path, ...], *, split: str) -> np.ndarray:
+def _pieces(folder: Folder, split: str, *, count: int) -> Iterator[pa.Table]:
+    for batch in _dataset(folder).to_batches(columns=_COLUMNS, filter=_readable(split), batch_size=count):
+        if batch.num_rows:
+            yield pa.Table.from_batches([batch])
+
+
+def unreadable_labels(folders: Sequence[Folder], *, split: str) -> np.ndarray:
     """The labels of the pictures that could not be read: int8, shape `(N, 40)`."""
     unreadable = (ds.field("split") == split) & ds.field("face").is_null()
     tables = [_dataset(folder).to_table(columns=["labels"], filter=unreadable) for folder in folders]
@@ -154,17 +212,23 @@ def _label_array(table: pa.Table) -> np.ndarray:
     return table["labels"].combine_chunks().flatten().to_numpy().reshape(-1, len(ATTRIBUTES))
 
 
-def _dataset(folder: Path) -> ds.Dataset:
+def _dataset(folder: Folder) -> ds.Dataset:
     Description.load(folder)  # a table without one is not whole
-    return ds.dataset(sorted(folder.glob("*.parquet")), schema=TRAINING_SCHEMA, format="parquet")
+    uri = canonical_uri(str(folder))
+    names = [info.uri for info in open_store(uri).list(uri) if _is_file_of(info.uri, uri)]
+    try:
+        files = [local_copy(name) for name in sorted(names)]
+    except FetchError as error:
+        raise ConfigError(f"data: {error}") from error
+    return ds.dataset(files, schema=TRAINING_SCHEMA, format="parquet")
+
+
+def _is_file_of(uri: str, folder: str) -> bool:
+    return uri.endswith(".parquet") and parent(uri) == folder.rstrip("/")
 
 
 def _readable(split: str) -> ds.Expression:
     return (ds.field("split") == split) & ds.field("face").is_valid()
-
-
-def _read_split(folder: Path, split: str) -> pa.Table:
-    return _dataset(folder).to_table(columns=_COLUMNS, filter=_readable(split)).sort_by("image")
 
 
 def encode_face(face: np.ndarray) -> bytes:

@@ -3,14 +3,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from jobs import demo
 from jobs.data.datasets import DATASET_SCHEMA
+from jobs.data.preparation import Preparation
 from jobs.data.training_table import TRAINING_SCHEMA, decode_face
-from jobs.prepare import MakeSamples, main, main_face, write_part
+from jobs.prepare import MakeSamples, blocks_of, by_file, main, main_face
 from mgmtn.images import ImageLimits, align_face
 from mgmtn.landmarks import Faces, MediaPipeSettings
 from mgmtn.masks import draw_masks, unpack_masks
@@ -66,11 +66,13 @@ def samples(photos: Path) -> pa.Table:
     ]
     rows.append({"image": NAMES[3], "uri": str(photos / NAMES[3]), "split": "test", "labels": [1] * 40})
     stage = MakeSamples(MediaPipeSettings(), ImageLimits(), SIZE, MARGIN)
-    return stage(pa.Table.from_pylist(rows, schema=DATASET_SCHEMA))
+    numbered = pa.Table.from_pylist(rows, schema=DATASET_SCHEMA).append_column("row", pa.array([7, 8, 9, 10]))
+    return stage(numbered)
 
 
 def test_each_picture_becomes_one_row_that_says_what_it_is(samples):
-    assert samples.schema == TRAINING_SCHEMA
+    assert samples.drop_columns("row").schema == TRAINING_SCHEMA
+    assert samples["row"].to_pylist() == [7, 8, 9, 10]
     assert samples["image"].to_pylist() == list(NAMES)
     assert samples["status"].to_pylist() == ["ok", "ok", "no_face", "decode_error"]
     assert samples["face_found"].to_pylist() == [True, True, False, False]
@@ -107,19 +109,22 @@ def test_a_torn_file_costs_its_row_only(samples):
     assert "damaged" in row["error"]
 
 
-def test_parts_are_numbered_and_sorted_and_the_first_one_is_drawn(samples, tmp_path):
-    write_part([samples.slice(2, 2), samples.slice(0, 2)], tmp_path)
-    write_part([samples.slice(0, 1)], tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["masks.png", "part-00000.parquet", "part-00001.parquet"]
-    assert pq.read_table(tmp_path / "part-00000.parquet")["image"].to_pylist() == list(NAMES)
-    with Image.open(tmp_path / "masks.png") as sheet:
-        assert min(sheet.size) > SIDE
+PREPARATION = Preparation(
+    dataset_sha256="", images=150, rows_per_file=70, image_size=96, margin=16, detector={}, limits={}
+)
 
 
-def test_a_part_of_torn_files_alone_is_written_too(samples, tmp_path):
-    write_part([samples.slice(3, 1)], tmp_path)
-    assert len(pq.read_table(tmp_path / "part-00000.parquet")) == 1
-    assert not (tmp_path / "masks.png").exists()
+def test_each_wanted_file_is_cut_into_blocks_of_its_own():
+    numbered = pa.table({"row": range(150)})
+    blocks = [block["row"].to_pylist() for block in blocks_of(numbered, [0, 2], PREPARATION)]
+    assert [(block[0], block[-1]) for block in blocks] == [(0, 31), (32, 63), (64, 69), (140, 149)]
+    assert [row for block in blocks for row in block] == [*range(70), *range(140, 150)]
+
+
+def test_a_batch_that_ray_joined_is_parted_by_file():
+    batch = pa.table({"row": [69, 70, 3, 140], "image": ["d", "e", "a", "f"]})
+    parted = {number: rows["image"].to_pylist() for number, rows in by_file(batch, 70)}
+    assert parted == {0: ["d", "a"], 1: ["e"], 2: ["f"]}
 
 
 def test_every_wrong_setting_is_named_at_once(capsys):

@@ -7,8 +7,6 @@ from jobs.data.datasets import DATASET_SCHEMA, read_dataset
 from mgmtn.attributes import ATTRIBUTES
 from mgmtn.errors import ConfigError
 
-CELEBA_NAMES = ["5_o_Clock_Shadow", *("_".join(map(str.capitalize, name.split("_"))) for name in ATTRIBUTES[1:])]
-
 
 def write(folder: Path, text: str, name: str = "labels.csv") -> str:
     (folder / name).write_text(text)
@@ -83,33 +81,3 @@ def test_a_list_that_cannot_be_read_is_refused(tmp_path, name):
     write(tmp_path, "PAR1 and no more", "torn.parquet")
     with pytest.raises(ConfigError, match=name):
         read_dataset(str(tmp_path / name))
-
-
-@pytest.fixture
-def celeba(tmp_path: Path) -> Path:
-    """CelebA as its authors lay it out, three pictures long."""
-    rows = [" ".join(["-1", "1"] * 20), " ".join(["1", "-1"] * 20), " ".join(["-1"] * 40)]
-    lines = [f"{number:06d}.jpg  {row}" for number, row in enumerate(rows, start=1)]
-    write(tmp_path, "\n".join(["3", " ".join(CELEBA_NAMES) + " ", *lines, ""]), "list_attr_celeba.txt")
-    write(tmp_path, "000001.jpg 0\n000002.jpg 1\n000003.jpg 2\n", "list_eval_partition.txt")
-    return tmp_path
-
-
-def test_the_official_lists_of_celeba_are_a_dataset(celeba):
-    rows = read_dataset(str(celeba)).to_pylist()
-    assert [row["uri"] for row in rows] == [str(celeba / "img_align_celeba" / f"00000{n}.jpg") for n in (1, 2, 3)]
-    assert [row["split"] for row in rows] == ["train", "validation", "test"]
-    assert [row["labels"] for row in rows] == [[0, 1] * 20, [1, 0] * 20, [0] * 40]
-
-
-def test_celeba_without_its_partition_is_refused(celeba):
-    (celeba / "list_eval_partition.txt").unlink()
-    with pytest.raises(ConfigError, match="list_eval_partition"):
-        read_dataset(str(celeba))
-
-
-@pytest.mark.parametrize("partition", ["000001.jpg 0\n000002.jpg 1\n", "000001.jpg 0\n000002.jpg 1\n000003.jpg 3\n"])
-def test_a_picture_of_celeba_without_a_split_is_named(celeba, partition):
-    write(celeba, partition, "list_eval_partition.txt")
-    with pytest.raises(ConfigError, match=r"'000003\.jpg' no split"):
-        read_dataset(str(celeba))

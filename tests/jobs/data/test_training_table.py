@@ -129,3 +129,24 @@ def test_rows_without_a_face_are_passed_over(tmp_path):
     failed = {"image": "aa.jpg", "split": "train", "status": "decode_error", "face_found": False, "labels": [0] * 40}
     pq.write_table(pa.Table.from_pylist([failed], schema=TRAINING_SCHEMA), folder / "part-00009.parquet")
     assert letters(load_samples((folder,), split="train")) == "ab"
+
+
+def test_each_row_finds_its_place_and_nothing_past_the_limit_is_decoded(tmp_path, monkeypatch):
+    folders = (write_table(tmp_path / "t", "hgfedcba"), write_table(tmp_path / "u", "zyx"))
+    decoded = []
+    monkeypatch.setattr("jobs.data.training_table.decode_face", lambda data: decoded.append(data) or decode_face(data))
+    monkeypatch.setattr("jobs.data.training_table._ROWS_AT_ONCE", 3)
+    samples = load_samples(folders, split="train", limit=5)
+    assert letters(samples) == "abcde"
+    np.testing.assert_array_equal(samples.faces, FACES[:5])
+    assert len(decoded) == 5
+    whole = load_samples(folders, split="train")
+    assert letters(whole) == "abcdefghxyz"
+    np.testing.assert_array_equal(whole.faces, FACES[[*range(8), 23, 24, 25]])
+    np.testing.assert_array_equal(whole.unpacked_masks(64), MASKS[[*range(8), 23, 24, 25]])
+
+
+def test_files_of_other_things_inside_the_folder_are_left_alone(tmp_path):
+    folder = write_table(tmp_path / "t", "ab")
+    write_table(folder / "another", "cd")
+    assert letters(load_samples((folder,), split="train")) == "ab"

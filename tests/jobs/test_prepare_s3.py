@@ -1,0 +1,49 @@
+"""A dataset in a bucket, prepared into the bucket, and read again from there."""
+
+from pathlib import Path
+
+import boto3
+import pytest
+
+from jobs import demo, prepare
+from jobs.data.training_table import Description, load_samples
+from jobs.prepare import PrepareSettings
+from mgmtn.errors import ConfigError
+from mgmtn.landmarks import MediaPipeSettings
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_table_is_made_and_read_in_a_bucket(bucket: str, tmp_path: Path):
+    s3, name = boto3.client("s3"), bucket.removeprefix("s3://")
+    demo.run(demo.DemoSettings(output=tmp_path))
+    for picture in ("admiral.jpg", "cat.png"):
+        s3.upload_file(str(tmp_path / picture), name, f"set/{picture}")
+    labels = b"image,Smiling\nadmiral.jpg,1\ncat.png,\ngone.jpg,0\n"
+    s3.put_object(Bucket=name, Key="set/labels.csv", Body=labels)
+    settings = PrepareSettings(
+        dataset=f"{bucket}/set",
+        output=f"{bucket}/data",
+        image_size=64,
+        margin=8,
+        workers=1,
+        rows_per_file=2,
+        mediapipe=MediaPipeSettings(levels=0),
+    )
+    summary = prepare.run(settings)
+    assert summary == {"images": 3, "faces": 1, "no_face": 1, "failed": 1, "output": f"{bucket}/data"}
+    assert Description.load(f"{bucket}/data").images == 3
+    samples = load_samples((f"{bucket}/data",), split="train")
+    assert samples.names.tolist() == ["admiral.jpg", "cat.png"]
+    assert samples.found.tolist() == [True, False]
+
+    # One file gone, one kept: the first is made again.
+    kept = s3.head_object(Bucket=name, Key="data/part-00001.parquet")["LastModified"]
+    s3.delete_object(Bucket=name, Key="data/part-00000.parquet")
+    assert prepare.run(settings) == summary
+    assert s3.head_object(Bucket=name, Key="data/part-00001.parquet")["LastModified"] == kept
+    assert load_samples((f"{bucket}/data",), split="train").names.tolist() == ["admiral.jpg", "cat.png"]
+
+    with pytest.raises(ConfigError, match="not a finished training table"):
+        Description.load(f"{bucket}/elsewhere")
