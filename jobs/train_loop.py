@@ -1,61 +1,57 @@
 """What each training worker runs: one straight loop, the same for the mask network and the attribute network.
 
-State goes to a checkpoint after every epoch; a run that is started again goes on from the last one.
+State goes to a checkpoint after every epoch, and every few minutes within one. A run that is started again goes on at
+the very step: what a step does follows from (seed, epoch, step) and the state alone.
 """
 
-import csv
-import json
-import math
+import contextlib
+import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, Protocol
+from typing import Any, Final, Protocol, TypeVar, cast
 
 import numpy as np
 import ray.train
 import ray.train.torch
-import safetensors.torch
 import torch
-import torch.distributed
-from pydantic import BaseModel, ConfigDict, Field
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from jobs.data.batches import AugmentSettings, Batch, plain_batches, training_batches
+from jobs.data.augmentation import AugmentSettings
+from jobs.data.batches import Batch, plain_batches, step_seed, training_batches
 from jobs.data.training_table import Samples
-from mgmtn.errors import MgmtnError
+from jobs.optimisation import (
+    OptimisationSettings,
+    averaged,
+    freeze_unreached,
+    parameter_groups,
+    rate_at,
+    set_rate,
+    to_training,
+)
+from jobs.stopwatch import AllReduceClock, Stopwatch
+from jobs.train_state import Progress, load_tensors, save_tensors
+from jobs.training_log import TIME_PARTS, write_log
+from mgmtn.errors import CheckpointError, ConfigError, FetchError, MgmtnError
 
-STATE_FILE, PROGRESS_FILE, LOG_FILE = "state.pt", "progress.json", "log.csv"
-WEIGHTS_FILE, PREDICTIONS_FILE = "ema.safetensors", "validation.safetensors"
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+DRAWING_SECONDS: Final = 60  # after so many a finished epoch is drawn; short ones wait for those after, or the end
 
 
 class TrainingDiverged(MgmtnError):
-    """The loss is not finite."""
+    """The loss or its gradient is not finite."""
 
 
-class TooFewSamples(MgmtnError):
+class TooFewSamples(ConfigError):
     """There is not one whole batch to train on."""
-
-
-class OptimisationSettings(BaseModel):
-    """How the weights move."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    epochs: int = Field(12, ge=1, description="passes over the training data")
-    batch_size: int = Field(64, ge=1, description="faces per step over all workers")
-    learning_rate: float = Field(1e-3, gt=0, description="peak of the cosine schedule")
-    trunk_rate: float = Field(0.5, ge=0, description="the pretrained trunk's learning rate, as a share of the others'")
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the rate rises to its peak")
-    weight_decay: float = Field(0.02, ge=0, description="AdamW's, on matrices and kernels only")
-    gradient_norm: float = Field(5.0, gt=0, description="gradients are scaled down to this norm")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="of the forward pass; auto: bf16 on GPUs, fp32 on CPUs; bf16 is fast on some CPUs, too"
-    )
-    ema: float = Field(0.998, ge=0, lt=1, description="decay of the averaged weights, the ones that are kept")
-    seed: int = Field(0, ge=0, description="of initial weights, order and augmentation")
 
 
 class Task(Protocol):
@@ -82,146 +78,262 @@ class Task(Protocol):
         """Per-face results of a batch, first dimension B, that `metrics` understands."""
 
     def metrics(self, results: Tensor, samples: Samples) -> dict[str, float]:
-        """Figures from the results of all validation samples, in order."""
+        """Figures from the results of all validation samples, in order; the higher their "score" the better."""
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """All that a worker needs to know."""
+    """All that a worker needs to know.
+
+    `output` is the URI of the run's folder; `loaders` None: see `jobs.train`'s settings.
+    """
 
     task: Task
     optimisation: OptimisationSettings
     augment: AugmentSettings
     threads: int
-    log_folder: str
+    output: str
+    loaders: int | None = None
+    checkpoint_minutes: float = 10.0
+    log_steps: int = 10
 
 
-def train_worker(config: dict[str, LoopConfig]) -> None:
+def train_worker(config: dict[str, LoopConfig]) -> MgmtnError | None:
     """Run on every worker.
 
     Args:
         config: the one under "loop"; Ray Train wants a dict.
 
-    Raises:
-        TrainingDiverged: the loss is not finite; names the step.
-        TooFewSamples: the samples do not fill one batch.
+    Returns:
+        What is wrong with the run, the same on every worker: an exception that escaped would be taken for the death of
+        a worker, and the run be tried again, to end the same way. None: nothing.
     """
-    loop = config["loop"]
+    try:
+        _train(config["loop"])
+    except (ConfigError, CheckpointError, TrainingDiverged) as error:
+        return error
+    return None
+
+
+def _train(loop: LoopConfig) -> None:
     task, opt = loop.task, loop.optimisation
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
+    if on_gpu := device.type == "cuda":
+        torch.cuda.set_device(device)
     torch.set_num_threads(loop.threads)
-    torch.manual_seed(opt.seed)
-    per_worker = max(1, opt.batch_size // world)
-    in_bf16 = opt.precision == "bf16" or (opt.precision == "auto" and device.type == "cuda")
+    in_bf16 = opt.precision == "bf16" or (opt.precision == "auto" and on_gpu)
+    loaders = loop.loaders if loop.loaders is not None else 4 if on_gpu else 0
 
-    # Data, network, optimiser.
-    samples, held_out = task.load()
-    steps_per_epoch = len(samples) // (per_worker * world)
-    total_steps = steps_per_epoch * opt.epochs
-    if steps_per_epoch == 0:
-        raise TooFewSamples(f"{len(samples)} training samples do not fill a batch of {per_worker * world}")
-    module = task.build().to(device).to(memory_format=torch.channels_last)
-    freeze_unused(module, task, samples, device)
+    run = together(lambda: set_up(loop, device))
+    module, optimizer, progress = run.module, run.optimizer, run.progress
     model = ray.train.torch.prepare_model(module)
-    optimizer = torch.optim.AdamW(parameter_groups(module, opt), weight_decay=opt.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, total_steps, opt.warmup))
-    average = AveragedModel(module, multi_avg_fn=moving_average(opt.ema), use_buffers=True)
+    all_reduce, watch = AllReduceClock(model), Stopwatch(device)
+    steps_per_epoch = len(run.samples) // opt.batch_size
+    saved_at = time.monotonic()
+    if rank == 0:
+        log.info("event=training workers=%d epoch=%d seen=%d", world, progress.epoch, progress.seen)
 
-    # Go on where an earlier run stopped.
-    first_epoch, best = 0, -math.inf
-    if (checkpoint := ray.train.get_checkpoint()) is not None:
-        with checkpoint.as_directory() as folder:
-            state = torch.load(Path(folder) / STATE_FILE, map_location=device, weights_only=True)
-        module.load_state_dict(state["module"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        first_epoch, best = state["epoch"] + 1, state["best"]
-
-    for epoch in range(first_epoch, opt.epochs):
-        started, loss_sum = time.perf_counter(), torch.zeros((), device=device)
-        module.train()
+    while progress.epoch < opt.epochs and not progress.out_of_patience(opt.patience):
+        epoch, first_step = progress.epoch, progress.seen // opt.batch_size
         batches = training_batches(
-            samples,
+            run.samples,
             image_size=task.image_size,
             mask_size=task.mask_size,
-            batch_size=per_worker,
+            batch_size=opt.batch_size,
             augment=loop.augment,
             seed=opt.seed,
             epoch=epoch,
+            first_step=first_step,
             rank=rank,
             world=world,
+            loaders=loaders,
         )
-        for step, batch in enumerate(batches):
-            with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16):
-                loss = task.loss(model, batch.to(device))
-            if not torch.isfinite(loss):
-                raise TrainingDiverged(f"loss is {loss.item()} in epoch {epoch}, step {step} of {steps_per_epoch}")
-            loss.backward()
-            nn.utils.clip_grad_norm_(module.parameters(), opt.gradient_norm)
+        to_training(module, freeze_norm=opt.freeze_norm)
+        watch.restart()
+        all_reduce.restart()
+        for step, batch in enumerate(batches, first_step):
+            watch.lap("data")
+
+            # Gradients of the mean loss over the faces of all parts and workers: each counts by how many faces it has.
+            torch.manual_seed(step_seed(opt.seed, epoch=epoch, step=step, rank=rank + 1))  # for dropout; 0 draws faces
+            loss_sum = torch.zeros((), device=device)
+            parts = batch.split(opt.accumulate)
+            for part in parts:
+                is_last = part is parts[-1]
+                with contextlib.nullcontext() if is_last else unsynchronised(model):
+                    with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16):
+                        loss = task.loss(model, part.to(device)) * (len(part) / opt.batch_size)
+                    watch.lap("forward")
+                    (loss * world).backward()  # for the workers' gradients are averaged
+                    watch.lap("backward" if is_last else "backward_alone")
+                loss_sum += loss.detach()
+            norm = nn.utils.clip_grad_norm_(module.parameters(), opt.gradient_norm)
+
+            # All workers must agree on the loss, and on whether to write a checkpoint now, as the first one's clock has
+            # it. The gradients are the same on all of them by now.
+            is_due = rank == 0 and time.monotonic() - saved_at >= 60 * loop.checkpoint_minutes
+            loss, due, norm_value = summed(
+                torch.stack([loss_sum, loss_sum.new_tensor(float(is_due)), norm / world])
+            ).tolist()
+            if not np.isfinite([loss, norm_value]).all():
+                where = f"epoch {epoch}, step {step} of {steps_per_epoch}"
+                raise TrainingDiverged(f"the loss is {loss}, its gradient's norm {norm_value} in {where}")
+
+            global_step = epoch * steps_per_epoch + step
+            rate = rate_at(global_step, steps_per_epoch * opt.epochs, opt.warmup)
+            set_rate(optimizer, rate)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            schedule.step()
-            average.update_parameters(module)
-            loss_sum += loss.detach()
-        seconds = time.perf_counter() - started
+            run.average.update_parameters(module)
+            progress.seen += opt.batch_size
+            progress.loss_sum += loss
+            watch.lap("optimiser")
+            watch.settle()
+            if global_step % loop.log_steps == 0:
+                row = {"step": global_step, "epochs": epoch + (step + 1) / steps_per_epoch, "loss": loss}
+                progress.steps.append(row | {"rate": rate, "gradient_norm": norm_value, "time": time.time()})
+            if due and step + 1 < steps_per_epoch:
+                save(run, loop, {"epoch": epoch, "step": step}, rank=rank)
+                saved_at = time.monotonic()
+                watch.lap("checkpoint")
 
         # Validate the averaged weights, each worker on its share; keep the state.
-        results = predict_all(task, average.module, held_out, device, rank=rank, world=world)
-        metrics = task.metrics(results, held_out) | {
+        mean_loss = progress.loss_sum / steps_per_epoch
+        results = predict_all(task, run.average.module, run.held_out, device, rank=rank, world=world)
+        watch.lap("validation")
+        watch.settle()
+        figures = task.metrics(results, run.held_out) | {
             "epoch": epoch,
-            "loss": loss_sum.item() / max(steps_per_epoch, 1),
-            "images_per_second": steps_per_epoch * per_worker * world / seconds,
-            "seconds": time.perf_counter() - started,
+            "loss": mean_loss,
+            **time_split(watch, all_reduce, images=(steps_per_epoch - first_step) * opt.batch_size, opt=opt),
+            "workers": world,
+            "time": time.time(),
         }
-        best = max(best, metrics["score"])
-        with TemporaryDirectory() as folder:
-            saved = None
-            if rank == 0:
-                state = {
-                    "module": module.state_dict(),
-                    "average": average.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "schedule": schedule.state_dict(),
-                    "epoch": epoch,
-                    "best": best,
-                }
-                torch.save(state, Path(folder) / STATE_FILE)
-                kept = {name: value.cpu().contiguous() for name, value in average.module.state_dict().items()}
-                safetensors.torch.save_file(kept, Path(folder) / WEIGHTS_FILE)
-                safetensors.torch.save_file({"results": results.contiguous()}, Path(folder) / PREDICTIONS_FILE)
-                (Path(folder) / PROGRESS_FILE).write_text(json.dumps(metrics))
-                append_log(Path(loop.log_folder) / LOG_FILE, metrics)
-                saved = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report(metrics, checkpoint=saved)
+        progress.end_epoch(figures, weights=run.average.module.state_dict(), results=results)
+        save(run, loop, figures, rank=rank)
+        saved_at = time.monotonic()
+        if rank == 0:
+            score, speed = figures["score"], figures["images_per_second"]
+            log.info("event=epoch epoch=%d loss=%.4f score=%.4f images_per_second=%.1f", epoch, mean_loss, score, speed)
 
 
-def moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
-    """An exponential moving average for `AveragedModel` that forgets the first weights soon: its decay rises from 0.1
-    to `decay` as (1 + steps) / (10 + steps), as TensorFlow's ExponentialMovingAverage has it."""
+def time_split(
+    watch: Stopwatch, all_reduce: AllReduceClock, *, images: int, opt: OptimisationSettings
+) -> dict[str, float]:
+    """Seconds of an epoch's parts, of what was run of it without a break, and the speed of training alone.
 
-    def update(averages: Sequence[Tensor], values: Sequence[Tensor], steps: Tensor | int) -> None:
-        weight = 1 - min(decay, (1 + int(steps)) / (10 + int(steps)))
-        for average, value in zip(averages, values, strict=True):
-            if average.is_floating_point():
-                average.lerp_(value, weight)
-            else:
-                average.copy_(value)
+    `allreduce_seconds` is when gradients were on their way, mostly beside the backward pass, which they may wait for;
+    `allreduce_added_seconds` is how much longer the backward pass took for it: known only where a step has parts, of
+    which all but the last keep their gradients to themselves. Not a number where it was not measured.
+    """
+    seconds = {part: watch.seconds[part] for part in TIME_PARTS}
+    added = float("nan")
+    if opt.accumulate > 1:
+        added = seconds["backward"] - watch.seconds["backward_alone"] / (opt.accumulate - 1)
+    seconds["backward"] += watch.seconds["backward_alone"]
+    training = sum(seconds[part] for part in ("data", "forward", "backward", "optimiser"))
+    return {
+        "images_per_second": images / training,
+        **{f"{part}_seconds": value for part, value in seconds.items()},
+        "allreduce_seconds": all_reduce.seconds,
+        "allreduce_added_seconds": added,
+    }
 
-    return update
+
+@dataclass
+class Training:
+    """A worker's part of a run."""
+
+    samples: Samples
+    held_out: Samples
+    module: nn.Module
+    average: AveragedModel
+    optimizer: torch.optim.Optimizer
+    progress: Progress
+    drawn_at: float = field(default_factory=time.monotonic)
 
 
-def freeze_unused(module: nn.Module, task: Task, samples: Samples, device: torch.device) -> None:
-    """Freeze the parameters that the loss does not reach: some trunks carry a tail that gives no features, and
-    distributed training waits for the gradient of every parameter that is not frozen."""
+def set_up(loop: LoopConfig, device: torch.device) -> Training:
+    """Data, network and optimiser, as an earlier run of the same output left them, or new.
+
+    Raises:
+        TooFewSamples: the samples do not fill one batch.
+        ConfigError: the task's, or the earlier run was another.
+    """
+    task, opt = loop.task, loop.optimisation
+    torch.manual_seed(opt.seed)
+    samples, held_out = task.load()
+    if len(samples) < opt.batch_size:
+        raise TooFewSamples(f"optimisation.batch_size: {len(samples)} training samples do not fill {opt.batch_size}")
+    module = task.build().to(device).to(memory_format=torch.channels_last)
     few = samples.take(np.arange(min(2, len(samples))))
     (batch,) = plain_batches(few, image_size=task.image_size, mask_size=task.mask_size, batch_size=2)
-    task.loss(module.eval(), batch.to(device)).backward()
-    for parameter in module.parameters():
-        parameter.requires_grad_(parameter.grad is not None)
-        parameter.grad = None
+    freeze_unreached(module, task.loss(module.eval(), batch.to(device)))
+    optimizer = torch.optim.AdamW(parameter_groups(module, opt), weight_decay=opt.weight_decay)
+    run = Training(samples, held_out, module, averaged(module, opt.ema), optimizer, Progress(len(samples)))
+    if (checkpoint := ray.train.get_checkpoint()) is not None:
+        with checkpoint.as_directory() as folder:
+            run.progress = Progress.load(Path(folder))
+            load_tensors(Path(folder), module=module, average=run.average, optimizer=optimizer, device=device)
+        if run.progress.samples != len(samples):
+            raise ConfigError(
+                f"output: holds a run on {run.progress.samples} training samples, and there are {len(samples)} now; "
+                "use a new folder (init starts from another run's weights)"
+            )
+    return run
+
+
+def save(run: Training, loop: LoopConfig, figures: dict[str, Any], *, rank: int) -> None:
+    """Write a checkpoint, and the log beside it; every worker must call it."""
+    with TemporaryDirectory() as folder:
+        saved = None
+        if rank == 0:
+            save_tensors(Path(folder), module=run.module, average=run.average, optimizer=run.optimizer)
+            run.progress.save(Path(folder))
+            saved = ray.train.Checkpoint.from_directory(folder)
+        ray.train.report(figures, checkpoint=saved)
+    if rank == 0:
+        try:
+            write_log(loop.output, epochs=run.progress.epochs, steps=run.progress.steps, drawn=run.progress.seen == 0)
+        except FetchError as error:  # no reason to stop: the next checkpoint's log holds all of it
+            log.warning("event=log_not_written reason=%r", str(error))
+
+
+def unsynchronised(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Keep gradients on their worker, to be added to those of a later part of the step."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def summed(values: Tensor) -> Tensor:
+    """Sums over the workers, in place."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def gathered(value: T) -> list[T]:
+    """What each worker has, on all of them."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def together(step: Callable[[], T]) -> T:
+    """Do something on every worker, and raise on all of them what one of them raised of our errors: the others would
+    wait for it for ever."""
+    value, error = None, None
+    try:
+        value = step()
+    except MgmtnError as raised:
+        error = raised
+    for failure in gathered(error):
+        if failure is not None:
+            raise failure
+    return cast(T, value)
 
 
 @torch.inference_mode()
@@ -230,49 +342,7 @@ def predict_all(
 ) -> Tensor:
     """Validation results of all samples, in order, computed in shares and gathered on every worker."""
     module.eval()
-    bounds = [len(samples) * part // world for part in range(world + 1)]
-    share = samples.take(torch.arange(bounds[rank], bounds[rank + 1]).numpy())
+    share = samples.take(np.arange(len(samples) * rank // world, len(samples) * (rank + 1) // world))
     batches = plain_batches(share, image_size=task.image_size, mask_size=task.mask_size, batch_size=64)
-    results = torch.cat([task.validate(module, batch.to(device)).float().cpu() for batch in batches])
-    if world == 1:
-        return results
-    gathered: list[Any] = [None] * world
-    torch.distributed.all_gather_object(gathered, results)
-    return torch.cat(gathered)
-
-
-def parameter_groups(module: nn.Module, opt: OptimisationSettings) -> list[dict[str, Any]]:
-    """Trunk and the rest at their own rates; vectors (norms, biases) without weight decay."""
-    groups: list[dict[str, Any]] = []
-    for in_trunk in (True, False):
-        for is_matrix in (True, False):
-            parameters = [
-                parameter
-                for name, parameter in module.named_parameters()
-                if parameter.requires_grad
-                and name.startswith("trunk.") == in_trunk
-                and (parameter.ndim > 1) == is_matrix
-            ]
-            rate = opt.learning_rate * (opt.trunk_rate if in_trunk else 1.0)
-            group = {"params": parameters, "lr": rate}
-            groups += [group if is_matrix else group | {"weight_decay": 0.0}] if parameters else []
-    return groups
-
-
-def rate_at(step: int, total: int, warmup: float) -> float:
-    """Share of the peak rate at a step: a linear rise, then a half cosine to zero."""
-    rising = max(1, int(total * warmup))
-    if step < rising:
-        return (step + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1, total - rising))))
-
-
-def append_log(path: Path, metrics: dict[str, float]) -> None:
-    """Add a line to the run's CSV log, with a header when it is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(metrics))
-        if new:
-            writer.writeheader()
-        writer.writerow(metrics)
+    results = [task.validate(module, batch.to(device)).float().cpu() for batch in batches]
+    return torch.cat([result for part in gathered(results) for result in part])

@@ -1,36 +1,23 @@
-"""Samples in memory to augmented batches: one worker's share of each epoch, the same on every run of a seed.
+"""Samples in memory to batches: one worker's share of each step, the same on every run of a seed.
 
-One affine map moves a face and its masks together, each sampled at its own resolution.
+What a step trains on follows from (seed, epoch, step) alone: a run may stop at any step and go on there, on any number
+of workers.
 """
 
-import math
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import Tensor
 
+from jobs.data.augmentation import AugmentSettings, augmented, random_numbers, resample
 from jobs.data.training_table import Samples
 
 # Shapes: B faces, 3 colours, P x P the stored face with its margin, S x S the model's square, G groups, M x M masks.
-
-
-class AugmentSettings(BaseModel):
-    """How far a training face may stray from its stored self; zeros switch a part off."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    flip: bool = Field(True, description="mirror half of the faces")
-    rotation: float = Field(10.0, ge=0, description="largest rotation, degrees")
-    scale: float = Field(0.12, ge=0, lt=1, description="largest change of scale, as a share")
-    shift: float = Field(0.05, ge=0, description="largest shift, as a share of the square's side")
-    colour: float = Field(
-        0.3, ge=0, lt=1, description="largest change of brightness, contrast and saturation, as a share"
-    )
-    soften: float = Field(0.2, ge=0, le=1, description="share of faces that lose resolution, down to half")
-    erase: float = Field(0.2, ge=0, le=1, description="share of faces with one rectangle erased")
 
 
 @dataclass(frozen=True)
@@ -49,15 +36,31 @@ class Batch:
     labels: Tensor
     known: Tensor
 
-    def to(self, device: torch.device) -> "Batch":
-        tensors = (self.images, self.masks, self.labels, self.known)
-        images, *rest = (tensor.to(device, non_blocking=True) for tensor in tensors)
-        return Batch(images.contiguous(memory_format=torch.channels_last), *rest)
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.images, self.masks, self.labels, self.known
+
+    def to(self, device: torch.device) -> Self:
+        images, *rest = (tensor.to(device, non_blocking=True) for tensor in self._tensors)
+        return type(self)(images.contiguous(memory_format=torch.channels_last), *rest)
+
+    def split(self, parts: int) -> list[Self]:
+        """The faces in `parts` batches as equal as can be, none of them empty."""
+        pieces = (tensor.tensor_split(min(parts, len(self))) for tensor in self._tensors)
+        return [type(self)(*piece) for piece in zip(*pieces, strict=True)]
 
 
 def epoch_order(count: int, *, seed: int, epoch: int) -> np.ndarray:
     """The order of all samples in one epoch: the same for any number of workers."""
     return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def step_seed(seed: int, *, epoch: int, step: int, rank: int = 0) -> int:
+    """A number of its own for each step of each worker."""
+    return int(np.random.SeedSequence([seed, epoch, step, rank]).generate_state(1)[0])
 
 
 def training_batches(
@@ -69,22 +72,43 @@ def training_batches(
     augment: AugmentSettings,
     seed: int,
     epoch: int,
+    first_step: int = 0,
     rank: int = 0,
     world: int = 1,
+    loaders: int = 0,
 ) -> Iterator[Batch]:
     """One worker's batches of one epoch.
 
-    Each global batch of `batch_size * world` consecutive samples of the epoch's order is dealt out in `world` parts;
-    the incomplete last one is dropped, so that every worker takes as many steps.
+    Each `batch_size` consecutive samples of the epoch's order, a step, are dealt out in `world` parts as equal as can
+    be; the incomplete last step is dropped. `loaders` threads prepare batches ahead; without any, the caller waits.
     """
     order = epoch_order(len(samples), seed=seed, epoch=epoch)
-    for step in range(len(samples) // (batch_size * world)):
-        start = (step * world + rank) * batch_size
-        chosen = samples.take(order[start : start + batch_size])
-        state = int(np.random.SeedSequence([seed, epoch, step, rank]).generate_state(1)[0])
-        generator = torch.Generator().manual_seed(state)
+    share = slice(batch_size * rank // world, batch_size * (rank + 1) // world)
+
+    def make(step: int) -> Batch:
+        chosen = samples.take(order[step * batch_size : (step + 1) * batch_size][share])
+        generator = torch.Generator().manual_seed(step_seed(seed, epoch=epoch, step=step))
+        numbers = random_numbers(batch_size, augment, generator)[share]
         batch = as_batch(chosen, mask_size=mask_size)
-        yield augmented(batch, image_size=image_size, augment=augment, generator=generator)
+        images, masks = augmented(batch.images, batch.masks, image_size=image_size, augment=augment, numbers=numbers)
+        return Batch(images, masks, batch.labels, batch.known)
+
+    yield from made_ahead(make, range(first_step, len(samples) // batch_size), threads=loaders)
+
+
+def made_ahead(make: Callable[[int], Batch], steps: range, *, threads: int) -> Iterator[Batch]:
+    """What `make` gives for each step, in order, made by threads up to two steps each ahead of its use."""
+    if threads == 0:
+        yield from map(make, steps)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        pending: deque[Future[Batch]] = deque()
+        for step in steps:
+            pending.append(pool.submit(make, step))
+            if len(pending) > 2 * threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def plain_batches(samples: Samples, *, image_size: int, mask_size: int, batch_size: int) -> Iterator[Batch]:
@@ -110,73 +134,4 @@ def centre(batch: Batch, *, image_size: int) -> Batch:
     margin = (stored - image_size) // 2
     images = batch.images[..., margin : margin + image_size, margin : margin + image_size]
     theta = torch.eye(2, 3)[None].repeat(len(images), 1, 1) * (image_size / stored)
-    return Batch(images, _resample(batch.masks, theta, batch.masks.shape[-1]), batch.labels, batch.known)
-
-
-def augmented(batch: Batch, *, image_size: int, augment: AugmentSettings, generator: torch.Generator) -> Batch:
-    """Move, mirror, recolour, soften and erase at random."""
-    theta = _random_affine(len(batch.images), augment, image_size / batch.images.shape[-1], generator)
-    images = _resample(batch.images, theta, image_size)
-    masks = _resample(batch.masks, theta, batch.masks.shape[-1])
-    images = _recolour(images, augment.colour, generator)
-    images = _soften(images, augment.soften, generator)
-    images = _erase(images, augment.erase, generator)
-    return Batch(images, masks, batch.labels, batch.known)
-
-
-def _uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
-    return torch.rand(count, generator=generator) * (high - low) + low
-
-
-def _random_affine(count: int, augment: AugmentSettings, extent: float, generator: torch.Generator) -> Tensor:
-    """Maps of the square's coordinates in [-1, 1] to the stored face's, shape `(B, 2, 3)`."""
-    angle = _uniform(count, -augment.rotation, augment.rotation, generator) * math.pi / 180
-    scale = extent * (1 + _uniform(count, -augment.scale, augment.scale, generator))
-    mirror = torch.where(_uniform(count, 0, 1, generator) < (0.5 if augment.flip else 0.0), -1.0, 1.0)
-    shift_x = 2 * extent * _uniform(count, -augment.shift, augment.shift, generator)
-    shift_y = 2 * extent * _uniform(count, -augment.shift, augment.shift, generator)
-    cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
-    rows = [torch.stack([mirror * cos, -sin, shift_x], 1), torch.stack([mirror * sin, cos, shift_y], 1)]
-    return torch.stack(rows, 1)
-
-
-def _resample(maps: Tensor, theta: Tensor, size: int) -> Tensor:
-    grid = nn.functional.affine_grid(theta, [len(maps), 1, size, size], align_corners=False)
-    return nn.functional.grid_sample(maps, grid, mode="bilinear", padding_mode="border", align_corners=False)
-
-
-def _recolour(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    count = len(images)
-    brightness, contrast, saturation = (
-        (1 + _uniform(count, -strength, strength, generator))[:, None, None, None] for _ in range(3)
-    )
-    weights = torch.tensor([0.299, 0.587, 0.114])[None, :, None, None]
-    grey = (images * weights).sum(1, keepdim=True)
-    images = grey + (images - grey) * saturation
-    mean = images.mean(dim=(1, 2, 3), keepdim=True)
-    return ((images - mean) * contrast + mean * brightness).clamp(0, 255)
-
-
-def _soften(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Reduce some of the faces and enlarge them again, as the small pictures of a corpus arrive."""
-    chosen = _uniform(len(images), 0, 1, generator) < share
-    if not chosen.any():
-        return images
-    size = images.shape[-1]
-    small = int(size * float(_uniform(1, 0.5, 0.9, generator)))
-    reduced = nn.functional.interpolate(images[chosen], (small, small), mode="bilinear", antialias=True)
-    images = images.clone()
-    images[chosen] = nn.functional.interpolate(reduced, (size, size), mode="bilinear")
-    return images
-
-
-def _erase(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Fill one rectangle of some of the faces with noise (Zhong et al., arXiv 1708.04896)."""
-    size = images.shape[-1]
-    for image, draw in zip(images, torch.rand(len(images), 5, generator=generator), strict=True):
-        if draw[0] >= share:
-            continue
-        height, width = (int(size * (0.1 + 0.25 * float(part))) for part in draw[1:3])
-        top, left = int((size - height) * float(draw[3])), int((size - width) * float(draw[4]))
-        image[:, top : top + height, left : left + width] = torch.rand(3, height, width, generator=generator) * 255
-    return images
+    return Batch(images, resample(batch.masks, theta, batch.masks.shape[-1]), batch.labels, batch.known)

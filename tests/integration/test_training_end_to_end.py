@@ -8,11 +8,12 @@ import pytest
 from PIL import Image
 
 from jobs import demo, evaluate, prepare, train
-from jobs.data.batches import AugmentSettings
+from jobs.data.augmentation import AugmentSettings
 from jobs.evaluate import EvaluateSettings
+from jobs.optimisation import OptimisationSettings
 from jobs.prepare import PrepareSettings
 from jobs.train import TrainAttributesSettings, TrainMasksSettings
-from jobs.train_loop import LOG_FILE, OptimisationSettings
+from jobs.training_log import EPOCHS_FILE
 from mgmtn.attributes import ATTRIBUTES
 from mgmtn.checkpoint import Checkpoint
 from mgmtn.landmarks import MediaPipeSettings
@@ -61,7 +62,12 @@ def test_pictures_become_a_model_that_tells_two_people_apart(dataset: Path, tmp_
     detector = MediaPipeSettings(levels=0)
     prepared = prepare.run(
         PrepareSettings(
-            dataset=str(dataset), output=tmp_path / "data", image_size=SIZE, margin=8, workers=1, mediapipe=detector
+            dataset=str(dataset),
+            output=str(tmp_path / "data"),
+            image_size=SIZE,
+            margin=8,
+            workers=1,
+            mediapipe=detector,
         )
     )
     assert prepared["images"] == PICTURES
@@ -96,10 +102,10 @@ def test_pictures_become_a_model_that_tells_two_people_apart(dataset: Path, tmp_
         )
 
     first = attributes(4)
-    assert first["epoch"] == 3
+    assert first["epochs"] == 4
     again = attributes(4)
     assert again["model_id"] == first["model_id"]  # a finished run is not trained again
-    with (tmp_path / "attributes" / LOG_FILE).open() as file:
+    with (tmp_path / "attributes" / EPOCHS_FILE).open() as file:
         losses = [float(row["loss"]) for row in csv.DictReader(file)]
     assert len(losses) == 4
     assert losses[-1] < losses[0]

@@ -2,23 +2,14 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.data.batches import (
-    AugmentSettings,
-    Batch,
-    as_batch,
-    augmented,
-    centre,
-    epoch_order,
-    plain_batches,
-    training_batches,
-)
+from jobs.data.augmentation import AugmentSettings
+from jobs.data.batches import Batch, as_batch, centre, epoch_order, plain_batches, step_seed, training_batches
 from jobs.data.training_table import Samples
 from mgmtn.masks import pack_masks
 
 SIZE, MARGIN, MASK = 64, 8, 64
 STORED = SIZE + 2 * MARGIN
 OFF = AugmentSettings(flip=False, rotation=0, scale=0, shift=0, colour=0, soften=0, erase=0)
-MOVED = AugmentSettings(flip=True, rotation=25, scale=0.2, shift=0.1, colour=0, soften=0, erase=0)
 
 
 def make_samples(count: int) -> Samples:
@@ -46,17 +37,6 @@ def batches(samples: Samples, augment: AugmentSettings = OFF, **changes: int) ->
     return list(training_batches(samples, augment=augment, **work))
 
 
-def augment_square(augment: AugmentSettings, *, seed: int = 0) -> tuple[Batch, Batch]:
-    """Sixteen faces with a bright rectangle under the first mask, before and after."""
-    images, masks = torch.zeros(16, 3, STORED, STORED), torch.zeros(16, 8, MASK, MASK)
-    images[:, :, 24:56, 20:44] = 255
-    cell = STORED / MASK
-    masks[:, 0, round(24 / cell) : round(56 / cell), round(20 / cell) : round(44 / cell)] = 1
-    before = Batch(images, masks, torch.zeros(16, 40), torch.ones(16, 40, dtype=torch.bool))
-    generator = torch.Generator().manual_seed(seed)
-    return before, augmented(before, image_size=SIZE, augment=augment, generator=generator)
-
-
 def test_an_epochs_order_is_that_of_its_seed_and_number():
     order = epoch_order(50, seed=3, epoch=1)
     assert sorted(order) == list(range(50))
@@ -65,14 +45,62 @@ def test_an_epochs_order_is_that_of_its_seed_and_number():
     assert order.tolist() != epoch_order(50, seed=4, epoch=1).tolist()
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_workers_together_see_each_sample_of_the_global_batches_once(world):
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_workers_together_see_each_sample_of_the_steps_once(world):
     samples = make_samples(30)
-    shares = [batches(samples, batch_size=8 // world, rank=rank, world=world) for rank in range(world)]
-    assert [len(share) for share in shares] == [3] * world  # 30 samples hold three batches of 8
+    shares = [batches(samples, batch_size=8, rank=rank, world=world) for rank in range(world)]
+    assert [len(share) for share in shares] == [3] * world  # 30 samples hold three steps of 8
     order = epoch_order(30, seed=0, epoch=0)
     seen = [number for step in zip(*shares, strict=True) for batch in step for number in numbers(batch)]
     assert seen == order[:24].tolist()
+
+
+def test_what_a_face_looks_like_does_not_depend_on_the_number_of_workers():
+    samples, augment = make_samples(12), AugmentSettings(randaugment=1)
+    (alone,) = batches(samples, augment, batch_size=12)
+    shares = [batches(samples, augment, batch_size=12, rank=rank, world=3)[0] for rank in range(3)]
+    torch.testing.assert_close(torch.cat([share.images for share in shares]), alone.images, atol=1e-3, rtol=0)
+    torch.testing.assert_close(torch.cat([share.masks for share in shares]), alone.masks)
+
+
+def test_an_epoch_goes_on_at_any_step():
+    samples, augment = make_samples(20), AugmentSettings()
+    whole, rest = batches(samples, augment), batches(samples, augment, first_step=3)
+    assert len(rest) == 2
+    for one, two in zip(whole[3:], rest, strict=True):
+        assert torch.equal(one.images, two.images)
+
+
+@pytest.mark.parametrize("count", [4, 30])
+def test_batches_made_ahead_are_the_same(count):
+    samples, augment = make_samples(count), AugmentSettings()
+    plain, ahead = batches(samples, augment), batches(samples, augment, loaders=2)
+    assert [numbers(batch) for batch in ahead] == [numbers(batch) for batch in plain]
+    assert all(torch.equal(one.images, two.images) for one, two in zip(plain, ahead, strict=True))
+
+
+def test_an_error_of_a_thread_that_makes_batches_is_not_lost():
+    torn = make_samples(8)
+    torn = torn.__class__(torn.names, torn.faces, torn.masks[:, :-1], torn.labels, torn.found)
+    with pytest.raises(ValueError, match="reshape|broadcast"):
+        batches(torn, loaders=1)
+
+
+def test_each_step_of_each_worker_has_a_seed_of_its_own():
+    seeds = {
+        step_seed(seed, epoch=epoch, step=step, rank=rank)
+        for seed in range(3)
+        for epoch in range(3)
+        for step in range(3)
+        for rank in range(3)
+    }
+    assert len(seeds) == 81
+
+
+def test_a_batch_is_split_into_parts_as_equal_as_can_be():
+    parts = as_batch(make_samples(7), mask_size=MASK).split(3)
+    assert [numbers(part) for part in parts] == [[0, 1, 2], [3, 4], [5, 6]]
+    assert len(as_batch(make_samples(2), mask_size=MASK).split(5)) == 2
 
 
 def test_the_same_seed_gives_the_same_batches_and_another_one_others():
@@ -90,46 +118,11 @@ def test_an_epoch_later_the_same_face_looks_different():
     assert not torch.equal(first.images, later.images)
 
 
-def test_augmentation_switched_off_is_the_centre():
-    batch = as_batch(make_samples(4), mask_size=MASK)
-    plain = centre(batch, image_size=SIZE)
-    off = augmented(batch, image_size=SIZE, augment=OFF, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(off.images, plain.images, atol=0.02, rtol=0)
-    torch.testing.assert_close(off.masks, plain.masks, atol=1e-4, rtol=0)
-    assert torch.equal(off.labels, plain.labels)
-    assert torch.equal(off.known, plain.known)
-
-
 def test_the_centre_is_the_stored_pixels():
     samples = make_samples(2)
     plain = centre(as_batch(samples, mask_size=MASK), image_size=SIZE)
     middle = samples.faces[:, MARGIN:-MARGIN, MARGIN:-MARGIN].transpose(0, 3, 1, 2)
     np.testing.assert_array_equal(plain.images.numpy(), middle)
-
-
-def test_masks_stay_over_what_they_mark():
-    before, after = augment_square(MOVED)
-    bright, marked = after.images[:, 0] > 127, after.masks[:, 0] > 0.5  # both 64 x 64 over the same square
-    both, either = (bright & marked).sum((1, 2)), (bright | marked).sum((1, 2))
-    assert (both / either).min() > 0.85
-    assert not torch.equal(after.images[0], centre(before, image_size=SIZE).images[0])
-
-
-def test_half_of_the_faces_are_mirrored():
-    _, after = augment_square(OFF.model_copy(update={"flip": True}))
-    columns = torch.arange(SIZE, dtype=torch.float32)
-    centres = (after.images[:, 0].sum(1) @ columns) / after.images[:, 0].sum((1, 2))
-    # The rectangle is at columns 12 to 36 of the square, or at 28 to 52 of the mirrored one.
-    assert sorted({round(value) for value in centres.tolist()}) == [24, 40]
-
-
-@pytest.mark.parametrize("part", [{"colour": 0.4}, {"soften": 1.0}, {"erase": 1.0}])
-def test_looks_change_without_moving_masks_or_leaving_the_pixel_range(part):
-    before, after = augment_square(OFF.model_copy(update=part))
-    plain = centre(before, image_size=SIZE)
-    assert not torch.allclose(after.images, plain.images, atol=1)
-    torch.testing.assert_close(after.masks, plain.masks, atol=1e-4, rtol=0)
-    assert 0 <= after.images.min() <= after.images.max() <= 255.01
 
 
 def test_plain_batches_hold_every_sample_in_order():

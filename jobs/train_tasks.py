@@ -1,0 +1,171 @@
+"""What can be trained: the mask network (AML) and the attribute network (MGMTN), as tasks of the training loop."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from jobs.data.batches import Batch
+from jobs.data.object_store import is_s3, local_copy
+from jobs.data.training_table import Samples, load_samples
+from mgmtn.attributes import GROUPS
+from mgmtn.checkpoint import Checkpoint
+from mgmtn.errors import ConfigError
+from mgmtn.losses import AttributeLoss, attribute_loss, mask_loss
+from mgmtn.mask_net import MaskNet, MaskNetSettings, overlaps
+from mgmtn.network import MGMTN, NetworkSettings
+from mgmtn.pretrained import load_imagenet_weights, load_trunk_weights
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a task's samples are, and how they are cut."""
+
+    data: tuple[str, ...]
+    validation: float
+    limit: int
+
+    def load(self) -> tuple[Samples, Samples]:
+        """Training samples and those held out of the train split.
+
+        Raises:
+            ConfigError: none are held out, or all.
+        """
+        samples = load_samples(self.data, split="train", limit=self.limit)
+        held_out = validation_cut(samples.names, self.validation)
+        if held_out.all() or not held_out.any():
+            raise ConfigError(
+                f"validation: {self.validation:g} of {len(samples)} samples holds out {held_out.sum()}; "
+                "both sides need some"
+            )
+        return samples.take(np.flatnonzero(~held_out)), samples.take(np.flatnonzero(held_out))
+
+
+def validation_cut(names: np.ndarray, share: float) -> np.ndarray:
+    """Choose the samples to hold out: bool, shape `(N,)`; the same for the same names.
+
+    Where images lie in a folder per person, whole folders are chosen, so that nobody is on both sides.
+    """
+    folders = np.array([str(Path(name).parent) for name in names])
+    keys = folders if len(np.unique(folders)) > 20 else names
+    unique, where = np.unique(keys, return_inverse=True)
+    chosen = np.random.default_rng(20).random(len(unique)) < share
+    return chosen[where]
+
+
+@dataclass(frozen=True)
+class MaskTask:
+    """Image to group masks."""
+
+    source: Source
+    network: MaskNetSettings
+    image_size: int
+    mask_size: int
+    init: Checkpoint | None = None
+
+    def load(self) -> tuple[Samples, Samples]:
+        # A picture in which no face was found has no masks to learn from.
+        train, held_out = self.source.load()
+        return train.take(np.flatnonzero(train.found)), held_out.take(np.flatnonzero(held_out.found))
+
+    def build(self) -> nn.Module:
+        return started_from(MaskNet(self.network), self.init)
+
+    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
+        logits = module(batch.images)
+        return mask_loss(logits, nn.functional.interpolate(batch.masks, logits.shape[-2:], mode="bilinear"))
+
+    def validate(self, module: nn.Module, batch: Batch) -> Tensor:
+        logits = module(batch.images)
+        return overlaps(logits, nn.functional.interpolate(batch.masks, logits.shape[-2:], mode="bilinear"))
+
+    def metrics(self, results: Tensor, samples: Samples) -> dict[str, float]:
+        iou = (results[..., 0].sum(0) / results[..., 1].sum(0).clamp_min(1)).tolist()
+        return {
+            "score": float(np.mean(iou)),
+            **{f"iou_{group}": value for group, value in zip(GROUPS, iou, strict=True)},
+        }
+
+
+@dataclass(frozen=True)
+class AttributeTask:
+    """Face to 40 attributes."""
+
+    source: Source
+    network: NetworkSettings
+    mask_checkpoint: Checkpoint | None
+    pretrained: bool
+    loss_kind: AttributeLoss
+    positive_weight: tuple[float, ...] | None
+    image_size: int
+    mask_size: int
+    trunk_weights: str | None = None
+    freeze: int = 0
+    init: Checkpoint | None = None
+    average_flip: bool = False
+    label_smoothing: float = 0.0
+
+    def load(self) -> tuple[Samples, Samples]:
+        return self.source.load()
+
+    def build(self) -> nn.Module:
+        module = MGMTN(self.network)
+        if self.trunk_weights is not None:
+            uri = self.trunk_weights
+            load_trunk_weights(module.trunk.net, path=local_copy(uri) if is_s3(uri) else Path(uri))
+        elif self.pretrained:
+            load_imagenet_weights(module.trunk.net, name=self.network.backbone)
+        started_from(module, self.init)
+        if module.mask_net is not None and self.mask_checkpoint is not None:
+            module.mask_net.load_state_dict(self.mask_checkpoint.tensors())
+            module.mask_net.requires_grad_(False)
+        if self.freeze:
+            module.trunk.freeze(self.freeze)
+        return module
+
+    def _masks(self, batch: Batch) -> Tensor | None:
+        return batch.masks if self.network.masks == "landmarks" else None
+
+    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
+        logits = module(batch.images, self._masks(batch))
+        weight = None if self.positive_weight is None else torch.tensor(self.positive_weight, device=logits.device)
+        labels = batch.labels * (1 - self.label_smoothing) + self.label_smoothing / 2
+        return attribute_loss(logits, labels, batch.known, kind=self.loss_kind, positive_weight_A=weight)
+
+    def validate(self, module: nn.Module, batch: Batch) -> Tensor:
+        masks = self._masks(batch)
+        logits: Tensor = module(batch.images, masks)
+        if not self.average_flip:
+            return logits
+        return (logits + module(batch.images.flip(3), None if masks is None else masks.flip(3))) / 2
+
+    def metrics(self, results: Tensor, samples: Samples) -> dict[str, float]:
+        labels, known = torch.from_numpy(samples.labels == 1), torch.from_numpy(samples.known)
+        counts = known.sum(0)
+        right = (((results > 0) == labels) & known).sum(0)
+        named = counts > 0  # an attribute that nobody labelled has no accuracy
+        loss = attribute_loss(results, labels.float(), known)
+        return {"score": (right[named] / counts[named]).mean().item(), "validation_loss": loss.item()}
+
+
+def started_from(module: M, init: Checkpoint | None) -> M:
+    """Fill a network with the tensors of a checkpoint that fit it, in place.
+
+    Raises:
+        ConfigError: none does.
+    """
+    if init is None:
+        return module
+    state = module.state_dict()
+    fitting = {
+        name: value for name, value in init.tensors().items() if name in state and state[name].shape == value.shape
+    }
+    if not fitting:
+        raise ConfigError(f"init: no tensor of {init.card.name} fits this network")
+    module.load_state_dict(fitting, strict=False)
+    return module
