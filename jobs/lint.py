@@ -19,6 +19,7 @@ from jobs.manifests.findings import Finding, Manifest
 from jobs.manifests.kuberay import check_kuberay
 from jobs.manifests.pods import check_pods
 from jobs.manifests.programs import check_program, check_versions, locked_version
+from jobs.manifests.references import check_references
 from jobs.manifests.schedules import check_schedules
 from jobs.manifests.schemas import (
     Schemas,
@@ -84,6 +85,7 @@ def check(manifests: list[Manifest], *, schemas: Schemas, ray: str) -> Iterator[
         yield from check_versions(manifest, ray=ray, mgmtn=version("mgmtn"))
         yield from check_program(manifest)
     yield from check_schedules(manifests)
+    yield from check_references(manifests)
 
 
 def _say_what_is_unchecked(manifests: Iterable[Manifest], schemas: Schemas) -> None:

@@ -181,7 +181,12 @@ def _apply(parent: Any, last: str, operation: dict[str, Any]) -> None:
         raise ValueError(f"op {operation['op']}")
 
 
+CLUSTER_WIDE: Final = frozenset(("Namespace", "PriorityClass", "ClusterRole", "ClusterRoleBinding"))
+
+
 def _in_namespace(manifest: Manifest, namespace: str) -> Manifest:
+    if manifest.kind in CLUSTER_WIDE:
+        return manifest
     return Manifest(
         manifest.file, manifest.body | {"metadata": fields(manifest.body.get("metadata")) | {"namespace": namespace}}
     )

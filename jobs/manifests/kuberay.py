@@ -20,6 +20,9 @@ GATED: Final = {
 }
 # A RayCronJob is gated as a whole; choosing it is a decision, which an annotation makes visible.
 OPT_IN: Final = "mgmtn/needs-feature-gate"
+QUEUE: Final = "kueue.x-k8s.io/queue-name"
+MAX_QUEUED_GROUPS: Final = 7  # of the eight pod sets of a workload, one is the head
+CONTROLLERS: Final = ("ray.io/kuberay-operator", "kueue.x-k8s.io/multikueue")
 _DNS_1035: Final = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _DELETION_ORDER: Final = ("DeleteWorkers", "DeleteCluster", "DeleteSelf")
 _MODES: Final = ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
@@ -45,10 +48,10 @@ def check_kuberay(manifest: Manifest) -> Iterator[Finding]:
     """Findings of the operator's rules for a RayCluster, RayJob or RayCronJob; none for other kinds."""
     if manifest.kind not in MAX_NAME:
         return
-    said = [*_name(manifest), *_gates(manifest)]
+    said = [*_name(manifest), *_gates(manifest), *_managed_by(manifest)]
     job, cluster = ray_job_spec(manifest), ray_cluster_spec(manifest)
     if job is not None:
-        said += [*_job(job), *_submission(job), *_deletion(job)]
+        said += [*_job(job), *_submission(job), *_deletion(job), *_kueue(manifest, job)]
     if cluster is not None:
         said += [*_cluster(cluster), *_autoscaling(cluster), *_authentication(cluster)]
     for rule, message in said:
@@ -70,6 +73,26 @@ def _gates(manifest: Manifest) -> Said:
     for field, gate in GATED.items():
         if field in cluster:
             yield "feature-gate", f"{field} needs the operator's feature gate {gate}, alpha and off"
+
+
+def _managed_by(manifest: Manifest) -> Said:
+    for spec in (ray_job_spec(manifest), ray_cluster_spec(manifest)):
+        if spec is not None and spec.get("managedBy", CONTROLLERS[0]) not in CONTROLLERS:
+            yield "managed-by", f"managedBy {spec['managedBy']!r} is none of {', '.join(CONTROLLERS)}"
+
+
+def _kueue(manifest: Manifest, job: dict[str, Any]) -> Said:
+    """What Kueue refuses of a job that waits in one of its queues."""
+    if at(manifest.body, "metadata", "labels", QUEUE) is None:
+        return
+    if not job.get("shutdownAfterJobFinishes"):
+        yield "kueue", "a queued job needs shutdownAfterJobFinishes: Kueue suspends it until there is room"
+    if job.get("clusterSelector"):
+        yield "kueue", "a queued job needs a cluster of its own, not a clusterSelector"
+    if at(job, "rayClusterSpec", "enableInTreeAutoscaling"):
+        yield "kueue", "a queued job cannot autoscale: room is held for the size that it declares"
+    if len(listed(at(job, "rayClusterSpec", "workerGroupSpecs"))) > MAX_QUEUED_GROUPS:
+        yield "kueue", f"Kueue takes {MAX_QUEUED_GROUPS} groups of workers"
 
 
 def _job(job: dict[str, Any]) -> Said:
@@ -208,7 +231,15 @@ def _autoscaling(cluster: dict[str, Any]) -> Said:
         yield "autoscaling", "RAY_enable_autoscaler_v2 without enableInTreeAutoscaling"
     if on and version is not None and asked is not None:
         yield "autoscaling", "both autoscalerOptions.version and RAY_enable_autoscaler_v2"
+    if on:
+        yield from _autoscaler_pod(cluster)
     for name, group in groups(cluster):
+        low, high = integer(group.get("minReplicas")), group.get("maxReplicas")
+        if name != "head" and on and (high is None or not low <= integer(group.get("replicas", low)) <= integer(high)):
+            yield (
+                "autoscaling",
+                f"group {name}: replicas must lie between minReplicas and maxReplicas, and both be said",
+            )
         policy = at(group, "template", "spec", "restartPolicy")
         if on and version == "v2" and policy not in (None, "", "Never"):
             yield "autoscaling", f"group {name}: restartPolicy {policy}, autoscaler v2 needs Never"
@@ -216,6 +247,18 @@ def _autoscaling(cluster: dict[str, Any]) -> Said:
             yield "autoscaling", f"group {name}: idleTimeoutSeconds is for autoscaler v2"
         if on and group.get("suspend"):
             yield "autoscaling", f"group {name}: a suspended group does not go with autoscaling"
+
+
+def _autoscaler_pod(cluster: dict[str, Any]) -> Said:
+    """The autoscaler is a container that the operator adds to the head's pod."""
+    head, options = at(cluster, "headGroupSpec", "template", "spec"), fields(cluster.get("autoscalerOptions"))
+    if at(head, "automountServiceAccountToken") is False:
+        yield "autoscaling", "the head's automountServiceAccountToken is false: the autoscaler cannot ask for pods"
+    security = fields(options.get("securityContext"))
+    if security.get("allowPrivilegeEscalation") is not False or at(security, "capabilities", "drop") != ["ALL"]:
+        yield "security", "autoscalerOptions.securityContext: a restricted namespace refuses the autoscaler's container"
+    if not options.get("version"):
+        yield "autoscaling", "say autoscalerOptions.version: the default differs between releases of Ray"
 
 
 def _authentication(cluster: dict[str, Any]) -> Said:

@@ -1,5 +1,6 @@
 """Rules for the pods of every kind: the `restricted` pod security standard, pinned images, bounded resources."""
 
+import re
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -7,6 +8,17 @@ from jobs.manifests.findings import Finding, Manifest, at, fields, listed
 from jobs.manifests.kuberay import groups, ray_cluster_spec
 
 RAY_TEMPORARY: Final = "/tmp/ray"
+SHARED_MEMORY: Final = "/dev/shm"
+OBJECT_STORE_SHARE: Final = 0.3  # of a node's memory, by Ray's default
+_BYTES: Final = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12} | {
+    f"{p}i": 2.0**e for p, e in zip("KMGT", (10, 20, 30, 40), strict=True)
+}
+
+
+def quantity_bytes(value: Any) -> float:
+    """`32Gi` in bytes; 0 where it is missing or no such quantity, which the schema reports."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]i|[kMGT]?)", str(value))
+    return float(match[1]) * _BYTES[match[2]] if match else 0.0
 
 
 def pod_specs(manifest: Manifest) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -29,7 +41,7 @@ def check_pods(manifest: Manifest) -> Iterator[Finding]:
         containers = [*listed(spec.get("initContainers")), *listed(spec.get("containers"))]
         said = [*_security(spec, containers), *_containers(containers)]
         if ray_cluster_spec(manifest) is not None:
-            said += _temporary(spec)
+            said += [*_temporary(spec), *_shared_memory(spec)]
         for rule, message in said:
             yield manifest.finding(rule, f"{place}: {message}")
 
@@ -72,3 +84,21 @@ def _temporary(spec: dict[str, Any]) -> Iterator[tuple[str, str]]:
     mounts = listed(at(spec, "containers", 0, "volumeMounts"))
     if not any(mount.get("mountPath") == RAY_TEMPORARY and str(mount.get("name")) in volumes for mount in mounts):
         yield "ray-temp", f"no emptyDir is mounted at {RAY_TEMPORARY}"
+
+
+def _shared_memory(spec: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Ray's object store lies in /dev/shm; where that is too small, Ray takes a disk instead, and only warns."""
+    volumes = {str(volume.get("name")): fields(volume.get("emptyDir")) for volume in listed(spec.get("volumes"))}
+    mounts = {m.get("mountPath"): str(m.get("name")) for m in listed(at(spec, "containers", 0, "volumeMounts"))}
+    volume = volumes.get(mounts.get(SHARED_MEMORY, ""), {})
+    if volume.get("medium") != "Memory":
+        yield "shared-memory", f"no emptyDir of medium Memory is mounted at {SHARED_MEMORY}"
+        return
+    memory = quantity_bytes(at(spec, "containers", 0, "resources", "limits", "memory"))
+    limit = quantity_bytes(volume.get("sizeLimit"))
+    if not OBJECT_STORE_SHARE * memory <= limit <= memory:
+        yield (
+            "shared-memory",
+            f"sizeLimit {volume.get('sizeLimit')} of {SHARED_MEMORY} must hold Ray's object store, "
+            f"{OBJECT_STORE_SHARE:.0%} of the memory, and be less than all of it",
+        )

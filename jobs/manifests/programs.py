@@ -1,6 +1,7 @@
 """Hold a manifest against what it is to run: our versions, our settings, and a cluster large enough for the job."""
 
 import contextlib
+import functools
 import importlib
 import io
 import os
@@ -13,7 +14,7 @@ from typing import Any, Final
 from jobs.cluster import share
 from jobs.manifests.findings import Finding, Manifest, at, integer, listed
 from jobs.manifests.kuberay import groups, ray_cluster_spec, ray_job_spec
-from jobs.manifests.pods import pod_specs
+from jobs.manifests.pods import OBJECT_STORE_SHARE, pod_specs, quantity_bytes
 from jobs.settings import Settings, load
 from mgmtn.errors import ConfigError
 
@@ -24,7 +25,10 @@ PROGRAMS: Final = {
     "train masks": "TrainMasksSettings",
     "train attributes": "TrainAttributesSettings",
     "evaluate": "EvaluateSettings",
+    "compact": "CompactSettings",
+    "vacuum": "VacuumSettings",
 }
+PROCESS_BYTES: Final = 1.3e9  # resident, of a process of the label job; measured by `make bench` on two cores
 _UNITS: Final = {"m": 1e-3, "": 1.0}
 
 
@@ -62,9 +66,10 @@ def check_program(manifest: Manifest) -> Iterator[Finding]:
     """Findings of an entrypoint that our settings refuse, or whose processes its cluster cannot hold."""
     job = ray_job_spec(manifest)
     if job is None:
+        yield from _check_containers(manifest)
         return
     try:
-        settings = _settings_of(str(job.get("entrypoint") or ""), _environment(job))
+        settings = _settings_of(str(job.get("entrypoint") or ""), tuple(_environment(job).items()))
     except ValueError as error:
         yield manifest.finding("entrypoint", str(error))
         return
@@ -72,12 +77,32 @@ def check_program(manifest: Manifest) -> Iterator[Finding]:
     if not isinstance(cluster, dict):
         return  # a cluster that is elsewhere
     try:
-        _check_fit(settings, *_totals(cluster))
+        _check_fit(settings, cluster)
     except ValueError as error:
         yield manifest.finding("fit", str(error))
 
 
-def _settings_of(entrypoint: str, environment: dict[str, str]) -> Settings:
+def _check_containers(manifest: Manifest) -> Iterator[Finding]:
+    """Findings of the arguments of containers that run our image outside Ray, whose command is `mgmtn`."""
+    for place, spec in () if ray_cluster_spec(manifest) is not None else pod_specs(manifest):
+        for container in [*listed(spec.get("initContainers")), *listed(spec.get("containers"))]:
+            if str(container.get("image", "")).rpartition("/")[2].partition(":")[0] != "mgmtn":
+                continue
+            words = container.get("args")
+            entrypoint = shlex.join(
+                ["python", "-m", *(f"jobs.{w}" if n == 0 else str(w) for n, w in enumerate(words or ()))]
+            )
+            variables = {
+                str(e["name"]): str(e["value"]) for e in listed(container.get("env")) if {"name", "value"} <= set(e)
+            }
+            try:
+                _settings_of(entrypoint, tuple(variables.items()))
+            except ValueError as error:
+                yield manifest.finding("entrypoint", f"{place}: container {container.get('name')}: {error}")
+
+
+@functools.cache  # several overlays run one and the same command
+def _settings_of(entrypoint: str, environment: tuple[tuple[str, str], ...]) -> Settings:
     """Parse an entrypoint as its program would, without running it.
 
     Raises:
@@ -95,7 +120,7 @@ def _settings_of(entrypoint: str, environment: dict[str, str]) -> Settings:
     module = importlib.import_module(f"jobs.{name.split()[0]}")
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said), _only(environment):
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said), _only(dict(environment)):
             settings: Settings = load(getattr(module, PROGRAMS[name]), rest, prog=f"mgmtn {name}")
     except SystemExit as ending:
         raise ValueError(said.getvalue().strip()) from ending
@@ -124,14 +149,14 @@ def _environment(job: dict[str, Any]) -> dict[str, str]:
     return {str(entry["name"]): str(entry["value"]) for entry in entries if "name" in entry and "value" in entry}
 
 
-def _totals(cluster: dict[str, Any]) -> tuple[float, float]:
-    """CPUs and GPUs of the cluster at the size that it is declared for."""
+def _totals(cluster: dict[str, Any], count: str) -> tuple[float, float]:
+    """CPUs and GPUs of the cluster with as many nodes as the field `count` of each group says."""
     cpus = gpus = 0.0
     for name, group in groups(cluster):
-        count = 1 if name == "head" else integer(group.get("replicas", group.get("minReplicas")))
-        count *= integer(group.get("numOfHosts", 1))
-        cpus += count * _of_node(group, "num-cpus", "cpu")
-        gpus += count * _of_node(group, "num-gpus", "nvidia.com/gpu")
+        nodes = 1 if name == "head" else integer(group.get(count, group.get("minReplicas")))
+        nodes *= integer(group.get("numOfHosts", 1))
+        cpus += nodes * _of_node(group, "num-cpus", "cpu")
+        gpus += nodes * _of_node(group, "num-gpus", "nvidia.com/gpu")
     return cpus, gpus
 
 
@@ -146,21 +171,58 @@ def _of_node(group: dict[str, Any], parameter: str, resource: str) -> float:
     return float(-(-float(limit[1]) * _UNITS[limit[2]] // 1)) if limit else 0.0
 
 
-def _check_fit(settings: Any, cpus: float, gpus: float) -> None:
-    """Refuse what the program itself would refuse on a cluster of this size.
+def _check_fit(settings: Any, cluster: dict[str, Any]) -> None:
+    """Refuse what the program itself would refuse on a cluster of this size, and what the cluster's memory cannot hold.
+
+    A cluster that autoscales has at first its smallest size, and later what the job waits for.
 
     Raises:
         ValueError: what does not fit.
     """
+    cpus, gpus = _totals(cluster, "replicas")
+    if cluster.get("enableInTreeAutoscaling"):
+        cpus, gpus = _grown(settings, cluster)
     kind = type(settings).__name__
     if kind == "LabelSettings":
         try:
-            share(cpus=cpus, gpus=gpus, face_workers=settings.face_workers, model_workers=settings.model_workers)
+            pools = share(
+                cpus=cpus, gpus=gpus, face_workers=settings.face_workers, model_workers=settings.model_workers
+            )
         except ConfigError as error:
             raise ValueError(str(error)) from error
+        _check_memory(cluster, (pools.face_workers + pools.model_workers) / cpus)
     elif kind.startswith("Train"):
         wanted = settings.workers * settings.threads
         if wanted > cpus:
             raise ValueError(f"workers, threads: {wanted} CPUs are more than the cluster's {cpus:g}")
         if settings.gpu and settings.workers > gpus:
             raise ValueError(f"workers: {settings.workers} need a GPU each, the cluster has {gpus:g}")
+
+
+def _grown(settings: Any, cluster: dict[str, Any]) -> tuple[float, float]:
+    """CPUs and GPUs of an autoscaling cluster when the job starts its work.
+
+    Raises:
+        ValueError: the job waits for more than there can be.
+    """
+    asked = getattr(settings, "cluster", None)
+    wanted = (float(asked.wait_cpus), float(asked.wait_gpus)) if asked is not None else (0.0, 0.0)
+    most = _totals(cluster, "maxReplicas")
+    for name, want, limit in zip(("wait_cpus", "wait_gpus"), wanted, most, strict=True):
+        if want > limit:
+            raise ValueError(f"cluster.{name}: {want:g} never come, the groups have {limit:g} at most")
+    least = _totals(cluster, "minReplicas")
+    return max(wanted[0], least[0]), max(wanted[1], least[1])
+
+
+def _check_memory(cluster: dict[str, Any], processes_per_cpu: float) -> None:
+    """Refuse nodes whose memory the job's processes and Ray's object store overfill."""
+    for name, group in groups(cluster):
+        cpus = _of_node(group, "num-cpus", "cpu")
+        memory = quantity_bytes(at(group, "template", "spec", "containers", 0, "resources", "limits", "memory"))
+        needed = cpus * processes_per_cpu * PROCESS_BYTES + OBJECT_STORE_SHARE * memory
+        if cpus and needed > memory:
+            raise ValueError(
+                f"group {name}: about {cpus * processes_per_cpu:.0f} processes of {PROCESS_BYTES / 1e9:g} GB and the "
+                f"object store need {needed / 1e9:.1f} GB of a node, which has {memory / 1e9:.1f} GB"
+            )

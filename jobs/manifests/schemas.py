@@ -19,7 +19,15 @@ from mgmtn.errors import ConfigError
 Schemas = dict[tuple[str, str], dict[str, Any]]  # (apiVersion, kind) -> strict JSON schema
 
 KUBERNETES: Final = "1.33"  # whose schemas built-in kinds are held against
-_BUILT_IN_GROUPS: Final = ("apps", "batch", "rbac.authorization.k8s.io", "networking.k8s.io", "policy", "autoscaling")
+_BUILT_IN_GROUPS: Final = (
+    "apps",
+    "batch",
+    "rbac.authorization.k8s.io",
+    "networking.k8s.io",
+    "policy",
+    "autoscaling",
+    "scheduling.k8s.io",
+)
 _PRESERVE: Final = "x-kubernetes-preserve-unknown-fields"
 
 
