@@ -1,7 +1,8 @@
 # make demo      label a few photographs with the model that ships, and look at the result in demo/
 # make test      unit tests                     make integration  tests that start Ray or a server
-# make check     ruff, mypy, manifests          make bench        the labelling job against a plain loop
+# make check     ruff, mypy, manifests          make bench        labelling and planning against plain code
 # make install   .venv with all of these        make lock         renew deploy/requirements.lock
+# make image-lock  the same for deploy/image.lock, once the new lock is installed
 # make clean     remove what the others made, .venv excepted
 #
 # Variables: PYTHON (3.11), VENV (.venv), MODEL (of demo and bench: a name that ships, a checkpoint's folder),
@@ -19,7 +20,7 @@ PIP := -m pip --disable-pip-version-check --no-input
 model := $(if $(MODEL),--model $(MODEL))
 
 .DELETE_ON_ERROR:
-.PHONY: install test integration check demo bench lock clean
+.PHONY: install test integration check demo bench lock image-lock clean
 
 install: $(INSTALLED)
 
@@ -58,6 +59,7 @@ demo: install
 
 bench: install
 	$(RUN) -m jobs.bench --output build/bench.json $(model) $(ARGS)
+	$(RUN) -m jobs.bench_plan --output build/bench_plan.json
 
 # What pip resolves pyproject.toml to in an empty environment, less the two that the lock does without.
 lock:
@@ -69,6 +71,9 @@ lock:
 	grep '^#' $(LOCK) > build/lock/pins
 	build/lock/bin/python $(PIP) freeze --all | grep -vE '^(mgmtn|opencv-python|pip)( @|==)' >> build/lock/pins
 	mv build/lock/pins $(LOCK)
+
+image-lock: install
+	$(RUN) deploy/image_lock.py
 
 clean:
 	rm -rf build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis mgmtn.egg-info

@@ -8,7 +8,6 @@ the plain loop's speed: 1.00 would be all of it. Nothing else should run on the 
 import logging
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pydantic import Field, PositiveInt
 from pydantic_core import to_json
 from pydantic_settings import CliPositionalArg
 
+from jobs.bench_machine import machine
 from jobs.bench_sides import Result, Side, SideName
 from jobs.data.detection import DetectionSettings
 from jobs.data.inventory import take_inventory
@@ -232,18 +232,6 @@ def markdown(measured: Sequence[Mapping[str, Any]]) -> str:
         ]
         lines.append(f"| {mode} | job / loop | {' | '.join(shares)} | | | | |")
     return "\n".join(lines)
-
-
-def machine(cpus: int) -> dict[str, Any]:
-    """What the numbers hold for."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        named = [
-            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = named[0] if named else cpu
-    return {"cpu": cpu, "cpus_used": cpus, "cpus": os.cpu_count(), "python": platform.python_version()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

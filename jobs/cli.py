@@ -13,7 +13,13 @@ COMMANDS: Final[dict[str, str]] = {
     "train": "train the mask network or the attribute network",
     "evaluate": "measure a model on labelled faces",
     "query": "find faces by their attributes in a label table",
+    "report": "describe a label table in one HTML page, with samples",
     "snapshots": "list the committed states of a label table",
+    "submit": "run a command on a Ray cluster, and end as it did",
+    "restore": "make an earlier snapshot of a label table the current one",
+    "compact": "put a label table's small files together",
+    "vacuum": "delete what a label table no longer needs",
+    "smoke": "check that this installation works",
     "lint": "check Kubernetes manifests without a cluster",
     "files": "list the files of a label table's snapshot, for any Parquet reader",
 }

@@ -6,17 +6,22 @@ Ray queues what does not fit and shows no error: three one-CPU actor pools on tw
 import logging
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Final
 
 import ray
 import ray.data
 from pydantic import BaseModel, ConfigDict, Field
+from ray.autoscaler.sdk import request_resources
 
 from mgmtn.errors import ConfigError
 
 log = logging.getLogger(__name__)
+
+POLL_SECONDS: Final = 5.0
 
 
 class ClusterSettings(BaseModel):
@@ -27,6 +32,9 @@ class ClusterSettings(BaseModel):
     address: str | None = Field(None, description="Ray cluster to join (RAY_ADDRESS); none: one on this machine")
     num_cpus: int | None = Field(None, ge=1, description="CPUs of a cluster on this machine; none: all of them")
     object_store_gb: float = Field(1.0, gt=0.08, description="shared memory of a cluster on this machine, GB")
+    wait_cpus: int = Field(0, ge=0, description="CPUs to ask an autoscaling cluster for, and to wait for, before work")
+    wait_gpus: int = Field(0, ge=0, description="GPUs to ask an autoscaling cluster for, and to wait for, before work")
+    wait_seconds: float = Field(1800, ge=0, description="how long nodes may take to come before the job gives up")
 
 
 @contextmanager
@@ -60,9 +68,39 @@ def joined(settings: ClusterSettings, *, dashboard: bool = False) -> Iterator[No
         raise ConfigError(f"address: no Ray cluster at {address!r}: {error}") from error
     try:
         log.info("event=joined address=%s resources=%s", address or "this_machine", totals())
-        yield
+        with nodes_awaited(settings):
+            yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def nodes_awaited(settings: ClusterSettings) -> Iterator[None]:
+    """Have an autoscaling cluster grow to what the settings want, and let it shrink again in the end.
+
+    A job divides what it finds at its start, and Ray Data's own pools stay small on a cluster that could grow.
+
+    Raises:
+        ConfigError: the nodes did not come in time.
+    """
+    wanted = {"CPU": settings.wait_cpus, "GPU": settings.wait_gpus}
+    if not any(wanted.values()):
+        yield
+        return
+    request_resources(bundles=[{name: 1} for name, count in wanted.items() for _ in range(count)])
+    try:
+        deadline = time.monotonic() + settings.wait_seconds
+        while any(totals()[name] < count for name, count in wanted.items()):
+            if time.monotonic() >= deadline:
+                raise ConfigError(
+                    f"cluster.wait_cpus, cluster.wait_gpus: {wanted} wanted, the cluster has {totals()} "
+                    f"after {settings.wait_seconds:g} s"
+                )
+            log.info("event=waiting_for_nodes wanted=%s resources=%s", wanted, totals())
+            time.sleep(POLL_SECONDS)
+        yield
+    finally:
+        request_resources(num_cpus=0)
 
 
 def _secure_private_cluster() -> None:

@@ -3,18 +3,24 @@
   mgmtn label PHOTOS --output LABELS
 
 Only what is due is labelled: images that are new or changed, or that the model has not seen, or that failed for a
-passing reason. The run's files become part of the table in one step at its end, or not at all.
+passing reason. The run's files become part of the table in one step at its end, or not at all. The same command after
+a run that died takes up the files which that one had finished (`deploy/crashes.md`).
+
+A new model labels every image again, in files of its own, and the commit that puts them in place of the old ones is
+the switch. Until then the table is the old model's as a whole: a run that leaves some of a new model's images for later
+(`--limit`) publishes nothing, keeps its files, and the same command goes on with the rest. Meanwhile nights with the
+old model can be run and published as before. After the switch the old labels are in the snapshots before it
+(`--snapshot` of the commands that read), until these are vacuumed.
 """
 
 import logging
 import secrets
+import shutil
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -25,19 +31,26 @@ from pydantic import Field, PositiveInt
 from pydantic_settings import CliPositionalArg
 
 from jobs.cluster import ClusterSettings, Pools, joined, share, totals
-from jobs.data.detection import DetectionSettings
-from jobs.data.inventory import inventory_digest, take_inventory
+from jobs.data.detection import DetectionSettings, on_this_machine
+from jobs.data.forecast import expected_seconds
+from jobs.data.gate import Finding, GateSettings, check_inventory, check_run
+from jobs.data.inventory import inventory_digest, write_inventory
+from jobs.data.lease import LeaseSettings, ending_on_sigterm, held
+from jobs.data.ledger import progress_shown, start_ledger
 from jobs.data.models import resolve_model
 from jobs.data.parts import FileFacts
 from jobs.data.pipeline import label_flow
-from jobs.data.plan import PLAN_COLUMNS, Plan, make_plan
-from jobs.data.schema import FAILED, Status
-from jobs.data.sink import MIN_ROWS_PER_WRITE, LabelSink
-from jobs.data.snapshots import LabelTable, Snapshot, SnapshotConflict, next_snapshot
+from jobs.data.plan import PlanLimits, known_columns, make_plan
+from jobs.data.prevalence import prevalence
+from jobs.data.resume import RunNote, announce, conclude, refuse
+from jobs.data.run import NO_WORK, Run, Work, commit, divide, outcomes_of
+from jobs.data.schema import FAILED
+from jobs.data.sink import ROWS_PER_FILE, LabelSink
+from jobs.data.snapshots import LabelTable, Pace, Snapshot
 from jobs.data.stages import FaceMode, FaceWork
-from jobs.outcomes import ErrorBudgetExceeded, LeaseHeld
+from jobs.outcomes import ErrorBudgetExceeded, GateRefused
+from jobs.run_metrics import MetricsSettings, RunMetrics, reported
 from jobs.settings import Settings, run_program
-from jobs.telemetry import progress_bar
 from mgmtn.checkpoint import DEFAULT_MODEL, Checkpoint
 from mgmtn.errors import ConfigError
 from mgmtn.images import ImageLimits
@@ -76,21 +89,18 @@ class LabelSettings(DetectionSettings, Settings):
     )
     batch_size: PositiveInt = Field(64, description="faces in one forward pass; bounds GPU memory")
     images_per_block: PositiveInt = Field(32, description="images that a worker takes at a time")
-    rows_per_file: PositiveInt = Field(MIN_ROWS_PER_WRITE, description="rows gathered for a file; the last has fewer")
+    rows_per_file: PositiveInt = Field(
+        ROWS_PER_FILE,
+        description="rows gathered for a file, the last has fewer; what a run that dies has gathered is lost",
+    )
+    resume: bool = Field(True, description="take up the finished files of runs that died")
+    accept: bool = Field(False, description="publish what the gate refuses, the files of a refused run included")
+    gate: GateSettings = Field(default_factory=GateSettings)
+    plan: PlanLimits = Field(default_factory=PlanLimits)
     limits: ImageLimits = Field(default_factory=ImageLimits)
+    lease: LeaseSettings = Field(default_factory=LeaseSettings)
+    metrics: MetricsSettings = Field(default_factory=MetricsSettings)
     cluster: ClusterSettings = Field(default_factory=ClusterSettings)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What is decided before any work starts."""
-
-    id: str
-    table: LabelTable
-    current: Snapshot | None
-    checkpoint: Checkpoint
-    digest: str
-    plan: Plan
 
 
 def run(settings: LabelSettings) -> dict[str, Any]:
@@ -98,44 +108,98 @@ def run(settings: LabelSettings) -> dict[str, Any]:
 
     Raises:
         ConfigError, CheckpointError: before any work.
+        LeaseHeld: another run writes the table, or took the lease from this one, or committed first.
         ErrorBudgetExceeded: too many images failed; nothing is committed.
-        LeaseHeld: another run committed first.
+        GateRefused: the plan, or what came of it, is too far from the table; nothing is committed.
     """
     started = time.monotonic()
-    job = prepare_run(settings)
-    log.info("event=planned run_id=%s model_id=%s %s", job.id, job.checkpoint.card.model_id, _text(job.plan.planned))
+    checkpoint = choose_model(settings)
     if settings.dry_run:
-        return _dry_summary(job)
-    files: tuple[FileFacts, ...] = ()
-    if job.plan.due.num_rows:
-        files = label(settings, job)
-    outcomes = _outcomes(files)
-    snapshot = job.current.number if job.current else 0
-    seconds = time.monotonic() - started
-    summary = _summary(job, settings, outcomes, faces=sum(file.faces for file in files), seconds=seconds)
-    check_budget(outcomes, settings.max_failed_fraction, summary | {"snapshot": snapshot})
-    if files or len(job.plan.dropped):
-        snapshot = commit(job, files).number
-    return summary | {"snapshot": snapshot}
+        return _dry_summary(settings, prepare_run(settings, checkpoint))
+    run_id = new_run_id()
+    lock = held(settings.output, holder=run_id, settings=settings.lease)
+    with reported(settings.metrics) as metrics, lock as lease:
+        job = prepare_run(settings, checkpoint, run_id=run_id)
+        note = note_of(settings, job)
+        refusal = _summary(settings, job, NO_WORK, (), seconds=time.monotonic() - started)
+        pass_gate(check_inventory(job.plan, settings.gate), refusal, accept=settings.accept)
+        if job.plan.images:
+            announce(job.table, note)
+        work = divide(job, note, limit=settings.limit, resume=settings.resume, accept_failures=settings.accept)
+        counts = _text(work.planned(job.plan) | {"adopted": work.adopted.images, "later": sum(work.later.values())})
+        log.info("event=planned run_id=%s model_id=%s %s", job.id, job.checkpoint.card.model_id, counts)
+        metrics.plan(work.planned(job.plan))
+        _tell_snapshot(metrics, job.table, job.current)
+        files = (*work.adopted.files, *(label(settings, job, work, metrics) if work.images else ()))
+        metrics.count(outcomes_of(files))
+        _tell_drift(metrics, job, files)
+        summary = _summary(settings, job, work, files, seconds=time.monotonic() - started)
+        judge(settings, job, work, files, summary)
+        if work.incomplete_model:
+            log.warning("event=staged run_id=%s later=%d", job.id, sum(work.later.values()))
+            return summary
+        if files or len(job.plan.dropped):
+            pace = Pace(images=work.images, seconds=time.monotonic() - started) if work.images else None
+            snapshot = commit(job, files, planned=work.planned(job.plan), pace=pace, confirm=lease.confirm)
+            _tell_snapshot(metrics, job.table, snapshot)
+            summary["snapshot"] = snapshot.number
+        conclude(job.table, [job.id, *work.adopted.runs])
+        return summary
 
 
-def prepare_run(settings: LabelSettings) -> Run:
-    """Read the model, the table and the inventory, and plan."""
+def new_run_id() -> str:
+    """Sorts by time; two runs of one second differ."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+
+
+def choose_model(settings: LabelSettings) -> Checkpoint:
+    """The checkpoint that labels.
+
+    Raises:
+        CheckpointError, ConfigError: there is none, or it cannot be used so.
+    """
     checkpoint = resolve_model(settings.model)
     _check_masks(settings, checkpoint)
+    return checkpoint
+
+
+def prepare_run(settings: LabelSettings, checkpoint: Checkpoint, *, run_id: str | None = None) -> Run:
+    """Read the table and the inventory, and plan."""
     table = LabelTable(settings.output)
     current = table.current()
-    inventory = take_inventory(settings.inputs, all_files=settings.all_files)
-    plan = make_plan(
-        inventory,
-        table.read(current, columns=PLAN_COLUMNS),
-        model_id=checkpoint.card.model_id,
-        relabel=settings.relabel,
-        deletions=settings.deletions,
-        limit=settings.limit or None,
+    folder = settings.plan.new_folder("mgmtn-inventory-")
+    try:
+        inventory = write_inventory(settings.inputs, folder / "inventory", all_files=settings.all_files)
+        digest = inventory_digest(inventory)
+        plan = make_plan(
+            inventory,
+            table.read(current, columns=known_columns(inventory)),
+            model_id=checkpoint.card.model_id,
+            relabel=settings.relabel,
+            deletions=settings.deletions,
+            known=sum(current.images.values()) if current else 0,
+            limits=settings.plan,
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return Run(run_id or new_run_id(), table, current, checkpoint, digest, plan)
+
+
+def note_of(settings: LabelSettings, job: Run) -> RunNote:
+    """What of a run decides its rows: another run's files may be taken over only if all of it is the same."""
+    return RunNote(
+        run_id=job.id,
+        started_at=datetime.now(UTC),
+        parent=job.parent,
+        model_id=job.checkpoint.card.model_id,
+        thresholds_id=job.checkpoint.card.thresholds_id,
+        work={
+            "faces": settings.faces,
+            "masks": settings.masks,
+            "detector": {"kind": settings.detector} | getattr(settings, settings.detector).model_dump(mode="json"),
+            "limits": settings.limits.model_dump(mode="json"),
+        },
     )
-    run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
-    return Run(run_id, table, current, checkpoint, inventory_digest(inventory), plan)
 
 
 def _check_masks(settings: LabelSettings, checkpoint: Checkpoint) -> None:
@@ -146,8 +210,13 @@ def _check_masks(settings: LabelSettings, checkpoint: Checkpoint) -> None:
         raise ConfigError(f"masks: {settings.model!r} was trained on landmark masks; give --masks landmarks")
 
 
-def label(settings: LabelSettings, job: Run) -> tuple[FileFacts, ...]:
+def label(settings: LabelSettings, job: Run, work: Work, metrics: RunMetrics) -> tuple[FileFacts, ...]:
     """Run the flow on a cluster.
+
+    Args:
+        settings: of the program.
+        job: the run.
+        work: at least one image.
 
     Returns:
         The facts of the files written, not yet part of the table.
@@ -155,10 +224,46 @@ def label(settings: LabelSettings, job: Run) -> tuple[FileFacts, ...]:
     Raises:
         ConfigError: the job does not fit the cluster.
     """
+    face_work = face_work_of(settings, job)
+    on_this_machine(face_work.detector).build()  # missing weights show here, once, and not in every worker
+    files: list[FileFacts] = []
+    # Ray's own handler of SIGTERM would end the process before the lease is given back.
+    with joined(settings.cluster), ending_on_sigterm():
+        pools = share(
+            **{name.lower() + "s": value for name, value in totals().items()},
+            face_workers=settings.face_workers,
+            model_workers=settings.model_workers,
+        )
+        checkpoint, ledger = ray.put(job.checkpoint), start_ledger()
+        with progress_shown(ledger, images=work.images, report=metrics.count):
+            for due in work.tables:
+                sink = LabelSink(
+                    settings.output,
+                    model_id=face_work.model_id,
+                    run_id=job.id,
+                    thresholds_id=job.checkpoint.card.thresholds_id,
+                    rows_per_file=settings.rows_per_file,
+                )
+                label_flow(
+                    due,
+                    work=face_work,
+                    checkpoint=checkpoint,
+                    pools=_no_more_than_blocks(pools, due.num_rows, settings.images_per_block),
+                    batch_size=settings.batch_size,
+                    images_per_block=settings.images_per_block,
+                    progress=ledger,
+                    ledger=ledger,
+                ).write_datasink(sink, ray_remote_args={"num_cpus": 0})
+                files += sink.files
+    return tuple(files)
+
+
+def face_work_of(settings: LabelSettings, job: Run) -> FaceWork:
+    """What face workers are told."""
     card = job.checkpoint.card
     assert isinstance(card.network, NetworkSettings)
-    work = FaceWork(
-        detector=settings.detector_settings(),
+    return FaceWork(
+        detector=settings.chosen_detector(),
         limits=settings.limits,
         mode=settings.faces,
         image_size=card.network.image_size,
@@ -166,37 +271,47 @@ def label(settings: LabelSettings, job: Run) -> tuple[FileFacts, ...]:
         model_id=card.model_id,
         run_id=job.id,
     )
-    work.detector.build()  # missing weights show here, once, and not in every worker
-    sink = LabelSink(
-        settings.output,
-        model_id=card.model_id,
-        run_id=job.id,
-        thresholds_id=card.thresholds_id,
-        min_rows_per_write=settings.rows_per_file,
-    )
-    with joined(settings.cluster):
-        pools = share(
-            **{name.lower() + "s": value for name, value in totals().items()},
-            face_workers=settings.face_workers,
-            model_workers=settings.model_workers,
-        )
-        with progress_shown(job.plan.due.num_rows) as progress:
-            label_flow(
-                job.plan.due,
-                work=work,
-                checkpoint=ray.put(job.checkpoint),
-                pools=_no_more_than_blocks(pools, job.plan.due.num_rows, settings.images_per_block),
-                batch_size=settings.batch_size,
-                images_per_block=settings.images_per_block,
-                progress=progress,
-            ).write_datasink(sink, ray_remote_args={"num_cpus": 0})
-    return sink.files
 
 
 def _no_more_than_blocks(pools: Pools, images: int, images_per_block: int) -> Pools:
     """A small job starts no more processes than it has blocks for: each takes seconds to start."""
     blocks = -(-images // images_per_block)
     return replace(pools, face_workers=min(pools.face_workers, blocks), model_workers=min(pools.model_workers, blocks))
+
+
+def judge(settings: LabelSettings, job: Run, work: Work, files: Sequence[FileFacts], summary: dict[str, Any]) -> None:
+    """Refuse to publish a bad run, and say so beside its files, which stay.
+
+    Raises:
+        ErrorBudgetExceeded: too many images failed.
+        GateRefused: the run is too far from the table.
+    """
+    try:
+        check_budget(outcomes_of(files), settings.max_failed_fraction, summary)
+        if not work.incomplete_model:  # part of a model's work is compared when it is whole
+            retried = job.plan.planned["retry"]
+            findings = check_run(job.table, files, job.current, retried=retried, settings=settings.gate)
+            pass_gate(findings, summary, accept=settings.accept)
+    except (ErrorBudgetExceeded, GateRefused) as error:
+        for run_id in (job.id, *work.adopted.runs):
+            refuse(job.table, run_id, reason=str(error))
+        raise
+
+
+def pass_gate(findings: Sequence[Finding], summary: dict[str, Any], *, accept: bool) -> None:
+    """Stop at what the gate found, unless it is accepted.
+
+    Raises:
+        GateRefused: naming each finding; the summary has them under `refused`.
+    """
+    for finding in findings:
+        log.warning("event=gate accepted=%s finding=%r", accept, str(finding))
+    if findings and not accept:
+        raise GateRefused(
+            f"the gate refuses: {'; '.join(map(str, findings))}; nothing was published. Finished files are kept: the "
+            "same command with --accept publishes them",
+            summary=summary | {"refused": [asdict(finding) for finding in findings]},
+        )
 
 
 def check_budget(outcomes: Counter[str], max_failed_fraction: float, summary: dict[str, Any]) -> None:
@@ -214,111 +329,53 @@ def check_budget(outcomes: Counter[str], max_failed_fraction: float, summary: di
         )
 
 
-def commit(job: Run, files: Iterable[FileFacts]) -> Snapshot:
-    """Publish the run's files in place of the rows that they supersede, and of those whose image is gone.
-
-    Raises:
-        LeaseHeld: another run committed first; this one's files stay, unlisted.
-    """
-    files = tuple(files)
-    superseded = written_ids(job.table, files) if job.current else []
-    kept = job.table.carry_over(job.current, drop_ids=[*superseded, *job.plan.dropped.to_pylist()], run_id=job.id)
-    snapshot = next_snapshot(
-        job.current,
-        files=[*kept, *files],
-        run_id=job.id,
-        model_id=job.checkpoint.card.model_id,
-        thresholds_id=job.checkpoint.card.thresholds_id,
-        inventory_digest=job.digest,
-        planned=job.plan.planned,
-    )
-    try:
-        return job.table.commit(snapshot)
-    except SnapshotConflict as error:
-        raise LeaseHeld(str(error)) from error
+def _tell_snapshot(metrics: RunMetrics, table: LabelTable, snapshot: Snapshot | None) -> None:
+    if snapshot is not None:
+        shares = prevalence(table, snapshot.files)
+        metrics.snapshot(snapshot.number, snapshot.created_at, prevalence=shares)
 
 
-def written_ids(table: LabelTable, files: Sequence[FileFacts]) -> list[str]:
-    """The image_ids that a run's files hold."""
-    ids: list[str] = []
-    for batch in table.read_files(files, columns=("image_id",)):
-        ids += pc.unique(batch["image_id"]).to_pylist()
-    return ids
-
-
-class Tally:
-    """Counts what the model workers have finished, for the driver to show."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-
-    def add(self, counts: dict[str, int]) -> None:
-        self.counts.update(counts)
-
-    def get(self) -> Counter[str]:
-        return self.counts
-
-
-@contextmanager
-def progress_shown(images: int) -> Iterator[Any]:
-    """Show images done, their rate, the time left and the failures so far; yields the actor that counts."""
-    tally: Any = ray.remote(num_cpus=0)(Tally).remote()
-    finished = threading.Event()
-    with progress_bar("label", total=images, unit="images") as bar:
-
-        def show() -> None:
-            counts = ray.get(tally.get.remote())
-            failed = sum(counts[status] for status in FAILED)
-            done = sum(counts[status] for status in Status)
-            bar.set(done, f"faces={counts['faces']} no_face={counts[Status.NO_FACE]} failed={failed}")
-
-        def watch() -> None:
-            while not finished.wait(1.0):
-                show()
-
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
-            yield tally
-        finally:
-            finished.set()
-            watcher.join()
-        show()
-
-
-def _outcomes(files: Iterable[FileFacts]) -> Counter[str]:
-    counts: Counter[str] = Counter()
-    for file in files:
-        counts.update(file.images)
-    return counts
+def _tell_drift(metrics: RunMetrics, job: Run, files: Sequence[FileFacts]) -> None:
+    if job.current is not None:
+        before = prevalence(job.table, job.current.files)
+        metrics.drift(prevalence(job.table, files), before=before)
 
 
 def _summary(
-    job: Run, settings: LabelSettings, outcomes: Counter[str], *, faces: int, seconds: float
+    settings: LabelSettings, job: Run, work: Work, files: Sequence[FileFacts], *, seconds: float
 ) -> dict[str, Any]:
+    outcomes = outcomes_of(files)
+    done = outcomes.total() - work.adopted.images
     return {
         "run_id": job.id,
-        "snapshot": 0,
+        "snapshot": job.parent,
         "model_id": job.checkpoint.card.model_id,
-        "planned": job.plan.planned,
+        "planned": work.planned(job.plan),
+        "adopted": work.adopted.images,
+        "staged": outcomes.total() if work.incomplete_model else 0,
         "images": dict(sorted(outcomes.items())),
-        "faces": faces,
+        "faces": sum(file.faces for file in files),
         "seconds": round(seconds, 2),
-        "images_per_second": round(outcomes.total() / seconds, 2),
+        "images_per_second": round(done / seconds, 2),
         "output": settings.output,
     }
 
 
-def _dry_summary(job: Run) -> dict[str, Any]:
-    sizes = job.plan.due["size"]
+def _dry_summary(settings: LabelSettings, job: Run) -> dict[str, Any]:
+    work = divide(job, note_of(settings, job), limit=settings.limit, resume=False)
+    first = next(work.tables, None)
     return {
         "run_id": None,
-        "snapshot": job.current.number if job.current else 0,
+        "snapshot": job.parent,
         "model_id": job.checkpoint.card.model_id,
-        "planned": job.plan.planned,
-        "kept": job.plan.kept,
-        "bytes": pc.sum(sizes).as_py() or 0,
-        "examples": job.plan.due.select(["uri", "reason"]).slice(0, EXAMPLES).to_pylist(),
+        "planned": work.planned(job.plan),
+        "kept": job.plan.kept + sum(count for reason, count in work.later.items() if reason != "new"),
+        "bytes": (pc.sum(first["size"]).as_py() or 0) if work.later and first is not None else job.plan.bytes,
+        "expected_seconds": expected_seconds(
+            job.table, job.current, images=work.images, model_id=job.checkpoint.card.model_id
+        ),
+        "refused": [asdict(finding) for finding in check_inventory(job.plan, settings.gate)],
+        "examples": first.select(["uri", "reason"]).slice(0, EXAMPLES).to_pylist() if first is not None else [],
         "output": job.table.uri,
     }
 

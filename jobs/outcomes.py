@@ -11,7 +11,7 @@
 | 130 | interrupted |
 """
 
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 from mgmtn.errors import CheckpointError, ConfigError, MgmtnError
 
@@ -25,7 +25,7 @@ class Refused(MgmtnError):
     `summary` is what the program would have returned: it is printed all the same, so that a refused run can be read.
     """
 
-    exit_code: ClassVar[int]
+    exit_code: int
 
     def __init__(self, message: str, *, summary: dict[str, Any] | None = None) -> None:
         super().__init__(message)

@@ -57,7 +57,13 @@ def draw_faces(image: np.ndarray, faces: "Faces") -> Image.Image:
 
 
 def overlay_masks(crop: np.ndarray, masks: np.ndarray) -> Image.Image:
-    """Lay the group masks over a face, each in its colour, beside a legend.
+    """What `tint_masks` makes, beside a legend; arguments and errors are the same."""
+    picture = tint_masks(crop, masks)
+    return _beside(picture, _legend(height=picture.height))
+
+
+def tint_masks(crop: np.ndarray, masks: np.ndarray) -> Image.Image:
+    """Lay the group masks over a face, each in its colour of `GROUP_COLOURS`.
 
     Args:
         crop: RGB uint8, shape `(H, W, 3)`.
@@ -76,7 +82,7 @@ def overlay_masks(crop: np.ndarray, masks: np.ndarray) -> Image.Image:
         opacity = np.rint(np.clip(mask.astype(np.float32), 0, 1) * 140).astype(np.uint8)
         shape = Image.fromarray(opacity).resize(picture.size, Image.Resampling.BILINEAR)
         picture.paste(colour, (0, 0, *picture.size), mask=shape)
-    return _beside(picture, _legend(height=picture.height))
+    return picture
 
 
 def contact_sheet(

@@ -1,43 +1,45 @@
-"""Take stock of the images there are: folders, S3 prefixes, single images and lists become one table.
+"""Take stock of the images there are: folders, S3 prefixes, single images, lists and reports become one inventory.
 
-Every image that an input names is in the table, readable or not: what is wrong with it becomes its outcome later on.
+Every image that an input names is in it, readable or not: what is wrong with it becomes its outcome later on.
 """
 
 import hashlib
-import io
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
 from typing import Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 import pyarrow.parquet as pq
 
-from jobs.data.object_store import ObjectInfo, canonical_uri, is_s3, local_path, open_store, parent, resolve
+from jobs.data.buckets import bucket_bounds, stage
+from jobs.data.image_lists import LIST_SUFFIXES, read_list
+from jobs.data.object_store import ObjectInfo, canonical_uri, is_s3, local_path, open_store
+from jobs.data.s3_inventory import REPORT_NAME, read_report
 from jobs.data.schema import INVENTORY_SCHEMA, image_id
 from mgmtn.errors import ConfigError, FetchError
 
 log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-LIST_SUFFIXES: Final = (".parquet", ".csv", ".txt")
-# A list of a million S3 URIs without etags is a million requests of about 20 ms.
-_THREADS: Final = 32
+_BATCH_ROWS: Final = 16_384
+# Of a written inventory; a hundred million images are files of 1.6 million, each of which is sorted in memory.
+_FILES: Final = 64
 _UNREADABLE_KEY: Final = b"mgmtn.unreadable"
 
 
 def take_inventory(inputs: str | Sequence[str], *, all_files: bool = False) -> pa.Table:
-    """The images behind one or more inputs.
+    """The images behind one or more inputs, in memory: about 150 bytes an image, and four times that on the way.
 
     Args:
-        inputs: each a folder, an S3 prefix, one image file, or a list: `.parquet` or `.csv` with a column `uri` and
-            perhaps `etag` and `size`, or `.txt` with a URI a line. A path in a list is relative to the list's folder.
-        all_files: take every file of a folder or prefix, not only those with an image's suffix.
+        inputs: each a folder, an S3 prefix, one image file, a list (see `image_lists`), or the `manifest.json` of an S3
+            Inventory report.
+        all_files: take every file of a folder, a prefix or a report, not only those with an image's suffix.
 
     Returns:
         A table of `INVENTORY_SCHEMA`: each URI once, sorted by image_id. `etag` and `size` are null for an image that
@@ -46,24 +48,69 @@ def take_inventory(inputs: str | Sequence[str], *, all_files: bool = False) -> p
     Raises:
         ConfigError: naming every input that does not exist or cannot be read.
     """
-    columns: dict[str, list[str | int | None]] = {name: [] for name in INVENTORY_SCHEMA.names}
-    problems: list[str] = []
     unreadable: list[str] = []
+    batches = list(_batches(inputs, all_files=all_files, unreadable=unreadable.append))
+    return _each_once(pa.Table.from_batches(batches, schema=INVENTORY_SCHEMA)).cast(_schema(unreadable))
+
+
+def write_inventory(inputs: str | Sequence[str], folder: Path, *, all_files: bool = False) -> Path:
+    """The same as `take_inventory`, as Parquet files: for more images than fit in memory.
+
+    Args:
+        folder: a new one, for the files. One after the other, they are sorted by image_id as a whole.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: naming every input that does not exist or cannot be read.
+    """
+    unreadable: list[str] = []
+    bounds = bucket_bounds(_FILES, rows_per_bucket=1)
+    folder.mkdir(parents=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".inventory-") as unsorted:
+        batches = _batches(inputs, all_files=all_files, unreadable=unreadable.append)
+        staged = stage(batches, schema=INVENTORY_SCHEMA, folder=Path(unsorted, "files"), bounds=bounds)
+        schema = _schema(unreadable)
+        for files in staged.files:
+            for file in files:
+                pq.write_table(_each_once(pq.read_table(file)).cast(schema), folder / file.name, compression="zstd")
+                file.unlink()
+    if not any(staged.files):
+        pq.write_table(schema.empty_table(), folder / "0000.parquet")
+    return folder
+
+
+def _batches(
+    inputs: str | Sequence[str], *, all_files: bool, unreadable: Callable[[str], None]
+) -> Iterator[pa.RecordBatch]:
+    """The images behind the inputs, in batches of `INVENTORY_SCHEMA`; one that is named twice is there twice."""
+    problems: list[str] = []
     for text in [inputs] if isinstance(inputs, str) else inputs:
         try:
-            for info in _images_of(text, all_files=all_files, unreadable=unreadable):
-                columns["image_id"].append(image_id(info.uri))
-                columns["uri"].append(info.uri)
-                columns["etag"].append(info.etag)
-                columns["size"].append(info.size)
+            images = _images_of(text, all_files=all_files, unreadable=unreadable)
+            while some := list(islice(images, _BATCH_ROWS)):
+                columns = [
+                    [image_id(info.uri) for info in some],
+                    [info.uri for info in some],
+                    [info.etag for info in some],
+                    [info.size for info in some],
+                ]
+                yield pa.RecordBatch.from_arrays(
+                    [pa.array(column, field.type) for column, field in zip(columns, INVENTORY_SCHEMA, strict=True)],
+                    schema=INVENTORY_SCHEMA,
+                )
         except ConfigError as error:
             problems.append(str(error))
     if problems:
         raise ConfigError("; ".join(problems))
+
+
+def _schema(unreadable: Sequence[str]) -> pa.Schema:
+    """An inventory's columns, with what it does not know."""
     for folder in unreadable:
         log.warning("inventory=incomplete unreadable_folder=%r", folder)
-    metadata = {_UNREADABLE_KEY: json.dumps(sorted(set(unreadable)))}
-    return _each_once(pa.table(columns, schema=INVENTORY_SCHEMA)).replace_schema_metadata(metadata)
+    return INVENTORY_SCHEMA.with_metadata({_UNREADABLE_KEY: json.dumps(sorted(set(unreadable)))})
 
 
 def unreadable_folders(inventory: pa.Table) -> tuple[str, ...]:
@@ -71,16 +118,26 @@ def unreadable_folders(inventory: pa.Table) -> tuple[str, ...]:
     return tuple(json.loads((inventory.schema.metadata or {}).get(_UNREADABLE_KEY, b"[]")))
 
 
-def inventory_digest(inventory: pa.Table) -> str:
-    """Hex SHA-256 over every image and its version, in order: equal digests, equal inventories."""
+def inventory_digest(inventory: pa.Table | Path) -> str:
+    """Hex SHA-256 over every image and its version, in order: equal digests, equal inventories.
+
+    Args:
+        inventory: from `take_inventory` or `write_inventory`.
+    """
     digest = hashlib.sha256()
-    for batch in inventory.to_batches(max_chunksize=65_536):
+    for batch in _batches_of_files(inventory) if isinstance(inventory, Path) else inventory.to_batches(65_536):
         size = batch["size"].cast(pa.string())
         lines = pc.binary_join_element_wise(
             batch["image_id"], batch["etag"], size, "\t", null_handling="replace", null_replacement=""
         )
         digest.update("".join(f"{line}\n" for line in lines.to_pylist()).encode())
     return digest.hexdigest()
+
+
+def _batches_of_files(folder: Path) -> Iterator[pa.RecordBatch]:
+    for path in sorted(folder.glob("*.parquet")):
+        with pq.ParquetFile(path) as file:
+            yield from file.iter_batches(batch_size=65_536)
 
 
 def _each_once(table: pa.Table) -> pa.Table:
@@ -93,7 +150,7 @@ def _each_once(table: pa.Table) -> pa.Table:
     return table.filter(pc.invert(repeats)).combine_chunks()
 
 
-def _images_of(text: str, *, all_files: bool, unreadable: list[str]) -> Iterator[ObjectInfo]:
+def _images_of(text: str, *, all_files: bool, unreadable: Callable[[str], None]) -> Iterator[ObjectInfo]:
     uri = canonical_uri(text)
     if not is_s3(uri) and os.path.isdir(local_path(uri)):
         yield from _list_images(uri, all_files=all_files, unreadable=unreadable)
@@ -106,68 +163,17 @@ def _images_of(text: str, *, all_files: bool, unreadable: list[str]) -> Iterator
         yield from _list_images(uri, all_files=all_files, unreadable=unreadable)
     elif found is None:
         raise ConfigError(f"input {text!r}: there is no such folder, image or list")
+    elif uri.endswith(f"/{REPORT_NAME}"):
+        yield from _chosen(read_report(uri), all_files=all_files)
     elif uri.lower().endswith(LIST_SUFFIXES):
-        yield from _read_list(uri)
+        yield from read_list(uri)
     else:
         yield found
 
 
-def _list_images(uri: str, *, all_files: bool, unreadable: list[str]) -> Iterator[ObjectInfo]:
-    for info in open_store(uri).list(uri, unreadable=unreadable.append):
-        if all_files or info.uri.lower().endswith(IMAGE_SUFFIXES):
-            yield info
+def _list_images(uri: str, *, all_files: bool, unreadable: Callable[[str], None]) -> Iterator[ObjectInfo]:
+    return _chosen(open_store(uri).list(uri, unreadable=unreadable, ordered=False), all_files=all_files)
 
 
-def _read_list(uri: str) -> Iterator[ObjectInfo]:
-    """The images of a list, in its order; those without an etag are looked up."""
-    try:
-        table = _list_table(uri, data=open_store(uri).get(uri))
-    except (FetchError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise ConfigError(f"list {uri!r}: cannot be read: {error}") from error
-    if table["uri"].null_count or pc.any(pc.equal(table["uri"], "")).as_py():
-        raise ConfigError(f"list {uri!r}: a row has no uri")
-    uris = [resolve(text, folder=parent(uri)) for text in table["uri"].to_pylist()]
-    # A CSV has no null but the empty text.
-    etags = [etag or None for etag in table["etag"].to_pylist()]
-    entries = map(ObjectInfo, uris, etags, table["size"].to_pylist())
-    yield from _look_up_all(entries)
-
-
-def _list_table(uri: str, *, data: bytes) -> pa.Table:
-    """Columns uri, etag and size of a list's bytes; etag and size are null where the list has none."""
-    wanted = {"uri": pa.string(), "etag": pa.string(), "size": pa.int64()}
-    suffix = uri.lower().rpartition(".")[2]
-    if suffix == "txt":
-        lines = [line.rstrip("\r") for line in data.decode("utf-8-sig").split("\n")]
-        named = [line for line in lines if line.strip()]
-        table = pa.table({"uri": pa.array(named[1:] if named[:1] == ["uri"] else named, pa.string())})
-    elif suffix == "csv":
-        options = pa.csv.ConvertOptions(column_types=wanted)
-        parsing = pa.csv.ParseOptions(newlines_in_values=True)
-        table = pa.csv.read_csv(io.BytesIO(data), convert_options=options, parse_options=parsing)
-    else:
-        file = pq.ParquetFile(io.BytesIO(data))
-        table = file.read(columns=[name for name in wanted if name in file.schema_arrow.names])
-    if "uri" not in table.column_names:
-        raise ConfigError(f"list {uri!r}: has no column 'uri', only {table.column_names}")
-    columns = [
-        table[name].cast(type_) if name in table.column_names else pa.nulls(table.num_rows, type_)
-        for name, type_ in wanted.items()
-    ]
-    return pa.table(columns, names=list(wanted))
-
-
-def _look_up_all(entries: Iterable[ObjectInfo]) -> Iterator[ObjectInfo]:
-    with ThreadPoolExecutor(_THREADS) as pool:
-        yield from pool.map(partial(_look_up), entries)
-
-
-def _look_up(entry: ObjectInfo) -> ObjectInfo:
-    """The entry with its etag and size as the list gives them, else as they are; both None if they cannot be had."""
-    if entry.etag is not None:
-        return entry
-    try:
-        return open_store(entry.uri).stat(entry.uri) or ObjectInfo(entry.uri, None, None)
-    except FetchError as error:
-        log.warning("lookup=failed uri=%r error=%s", entry.uri, error)
-        return ObjectInfo(entry.uri, None, None)
+def _chosen(objects: Iterable[ObjectInfo], *, all_files: bool) -> Iterator[ObjectInfo]:
+    return (info for info in objects if all_files or info.uri.lower().endswith(IMAGE_SUFFIXES))

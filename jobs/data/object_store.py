@@ -15,7 +15,8 @@ import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 from urllib.parse import quote, unquote_to_bytes
@@ -34,26 +35,33 @@ class ObjectInfo:
     """One object of a store.
 
     `etag` changes with the content; `size` is in bytes. Both are None for what is listed but cannot be looked up,
-    such as a link that leads nowhere.
+    such as a link that leads nowhere. `modified_at` is when it was written, in UTC, where the store said so.
     """
 
     uri: str
     etag: str | None
     size: int | None
+    modified_at: datetime | None = field(default=None, compare=False)
 
 
 class ObjectStore(Protocol):
     """One kind of storage. Stores hold no open connection: they may be sent to another process."""
 
     def list(
-        self, uri: str, *, unreadable: Callable[[str], None] | None = None, missing_ok: bool = False
+        self,
+        uri: str,
+        *,
+        unreadable: Callable[[str], None] | None = None,
+        missing_ok: bool = False,
+        ordered: bool = True,
     ) -> Iterator[ObjectInfo]:
-        """Everything under a folder or prefix, at any depth, in a stable order.
+        """Everything under a folder or prefix, at any depth, each once.
 
         Args:
             uri: a folder, or a prefix in S3.
             unreadable: called with each folder inside that may not be read; without it such a folder is an error.
             missing_ok: a folder or prefix that does not exist counts as empty; a bucket must exist.
+            ordered: in a stable order; without it a store may list several parts at once.
 
         Raises:
             ConfigError: if there is no such folder, prefix or bucket, or it cannot be read.
@@ -229,7 +237,12 @@ class LocalStore:
     """Folders of this machine, or mounted on it. An etag is the modification time in ns and the size, in hex."""
 
     def list(
-        self, uri: str, *, unreadable: Callable[[str], None] | None = None, missing_ok: bool = False
+        self,
+        uri: str,
+        *,
+        unreadable: Callable[[str], None] | None = None,
+        missing_ok: bool = False,
+        ordered: bool = True,
     ) -> Iterator[ObjectInfo]:
         """Files at any depth, folder by folder in name order. Links to files are followed, links to folders are not."""
         root = local_path(uri)
@@ -259,7 +272,7 @@ class LocalStore:
             return None
         except (OSError, ValueError) as error:
             raise FetchError(f"cannot look up {uri!r}: {_reason(error)}") from error
-        return ObjectInfo(uri, _etag(found), found.st_size) if stat.S_ISREG(found.st_mode) else None
+        return _info(uri, found) if stat.S_ISREG(found.st_mode) else None
 
     def get(self, uri: str, *, etag: str | None = None, max_bytes: int | None = None) -> bytes:
         with self.open(uri) as file:
@@ -321,7 +334,11 @@ def _look_up(path: str) -> ObjectInfo:
     except OSError:
         return ObjectInfo(_uri_of(path), None, None)
     plain = stat.S_ISREG(found.st_mode)
-    return ObjectInfo(_uri_of(path), _etag(found), found.st_size) if plain else ObjectInfo(_uri_of(path), None, None)
+    return _info(_uri_of(path), found) if plain else ObjectInfo(_uri_of(path), None, None)
+
+
+def _info(uri: str, found: os.stat_result) -> ObjectInfo:
+    return ObjectInfo(uri, _etag(found), found.st_size, datetime.fromtimestamp(found.st_mtime, UTC))
 
 
 @contextlib.contextmanager

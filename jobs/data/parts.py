@@ -8,7 +8,8 @@ import io
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
@@ -18,12 +19,14 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
 from jobs.data.object_store import ObjectStore, file_sha256, join
+from jobs.data.prevalence import LabelCounts, count_labels
 from jobs.data.schema import ERROR_LENGTH, REQUIRED, SORT_KEYS, STATUSES, TABLE_SCHEMA
 from mgmtn.errors import ConfigError, FetchError
 
 ROW_GROUP_ROWS: Final = 122_880
 # The only columns whose values repeat; the dictionary of any other would hold every value and be given up half way.
 _DICTIONARY: Final = ["status", "error", "attempts", "face_index", "face_count", "model_id", "run_id"]
+_FACT_COLUMNS: Final = ["image_id", "status", "face_index", "labels", "model_id"]
 _THRESHOLDS_KEY: Final = b"mgmtn.thresholds_id"
 _SAFE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 
@@ -44,6 +47,7 @@ class FileFacts(BaseModel):
     max_image_id: str
     images: dict[str, int] = Field(description="images by status")
     faces: int = Field(ge=0)
+    labels: LabelCounts | None = Field(None, description="how common each attribute is; null where nobody counted")
 
 
 def part_directory(model_id: str, run_id: str) -> str:
@@ -83,18 +87,48 @@ def write_part(
     Raises:
         ConfigError: if the file cannot be written.
     """
-    directory = part_directory(model_id, run_id)
     rows = conform(table).sort_by(list(SORT_KEYS))
-    assert set(rows["model_id"].unique().to_pylist()) == {model_id}, f"rows of another model than {model_id}"
-    if thresholds_id is not None:
-        rows = rows.replace_schema_metadata({**rows.schema.metadata, _THRESHOLDS_KEY: thresholds_id.encode()})
+    return write_sorted(
+        [rows], store=store, labels_uri=labels_uri, model_id=model_id, run_id=run_id, thresholds_id=thresholds_id
+    )
+
+
+def write_sorted(
+    tables: Iterable[pa.Table],
+    *,
+    store: ObjectStore,
+    labels_uri: str,
+    model_id: str,
+    run_id: str,
+    thresholds_id: str | None = None,
+) -> FileFacts:
+    """Write one file from tables of `TABLE_SCHEMA` that follow each other in order; holds one of them at a time.
+
+    Each table begins a row group. Arguments and errors as for `write_part`; there is a table, and none is empty.
+    """
+    directory = part_directory(model_id, run_id)
+    stamp = {_THRESHOLDS_KEY: thresholds_id.encode()} if thresholds_id is not None else {}
+    schema = TABLE_SCHEMA.with_metadata({**TABLE_SCHEMA.metadata, **stamp})
+    remaining = iter(tables)
+    first = next(remaining)
+    seen: list[pa.Table] = []
     with tempfile.TemporaryDirectory(prefix="mgmtn-part-") as folder:
         path = Path(folder, "part.parquet")
-        _write_parquet(rows, path)
+        with _parquet_writer(path, schema, rows_per_group=first.num_rows) as writer:
+            for rows in chain([first], remaining):
+                models = rows["model_id"].unique().to_pylist()
+                assert models == [model_id], f"rows of another model than {model_id}"
+                writer.write_table(rows, row_group_size=ROW_GROUP_ROWS)
+                seen.append(rows.select(_FACT_COLUMNS))
         sha256 = file_sha256(path)
         name = f"{directory}/part-{sha256[:32]}.parquet"
         facts = _facts_of(
-            rows, path=name, run_id=run_id, thresholds_id=thresholds_id, sha256=sha256, size=path.stat().st_size
+            pa.concat_tables(seen),
+            path=name,
+            run_id=run_id,
+            thresholds_id=thresholds_id,
+            sha256=sha256,
+            size=path.stat().st_size,
         )
         store.put_file(path, join(labels_uri, name))
     return facts
@@ -119,7 +153,7 @@ def read_facts(path: str, *, store: ObjectStore, labels_uri: str) -> FileFacts:
     file = pq.ParquetFile(io.BytesIO(data))
     thresholds = (file.schema_arrow.metadata or {}).get(_THRESHOLDS_KEY)
     run_id = path.split("/")[1].removeprefix("run=")
-    rows = file.read(columns=["image_id", "status", "face_index", "model_id"])
+    rows = file.read(columns=_FACT_COLUMNS)
     return _facts_of(
         rows,
         path=path,
@@ -165,16 +199,16 @@ def _cast(column: pa.ChunkedArray, *, field: pa.Field) -> pa.ChunkedArray:
     return pc.utf8_slice_codeunits(column, 0, ERROR_LENGTH) if field.name == "error" else column
 
 
-def _write_parquet(rows: pa.Table, path: Path) -> None:
-    pq.write_table(
-        rows,
+def _parquet_writer(path: Path, schema: pa.Schema, *, rows_per_group: int) -> pq.ParquetWriter:
+    """A writer of the layout that the table promises."""
+    return pq.ParquetWriter(
         path,
-        row_group_size=ROW_GROUP_ROWS,
+        schema,
         compression="zstd",
         use_dictionary=_DICTIONARY,
         write_page_index=True,
-        sorting_columns=pq.SortingColumn.from_ordering(rows.schema, list(SORT_KEYS)),
-        bloom_filter_options={"image_id": {"ndv": min(rows.num_rows, ROW_GROUP_ROWS), "fpp": 0.01}},
+        sorting_columns=pq.SortingColumn.from_ordering(schema, list(SORT_KEYS)),
+        bloom_filter_options={"image_id": {"ndv": min(rows_per_group, ROW_GROUP_ROWS), "fpp": 0.01}},
     )
 
 
@@ -195,4 +229,5 @@ def _facts_of(
         max_image_id=pc.max(rows["image_id"]).as_py(),
         images=dict(sorted(Counter(firsts["status"].to_pylist()).items())),
         faces=pc.sum(pc.greater_equal(rows["face_index"], 0)).as_py(),
+        labels=count_labels(rows["labels"]),
     )

@@ -1,10 +1,12 @@
 """Where labelled rows leave Ray Data: each write task makes one file; the driver learns the facts to commit."""
 
 import logging
+import time
 from collections.abc import Iterable
 from typing import Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from ray.data import Datasink
 from ray.data._internal.execution.interfaces import TaskContext
 from ray.data.block import Block, BlockAccessor
@@ -12,13 +14,43 @@ from ray.data.datasource import WriteResult
 
 from jobs.data.object_store import canonical_uri, join, open_store, relative
 from jobs.data.parts import FileFacts, part_directory, read_facts, write_part
+from jobs.data.schema import Status
+from jobs.data.worker_metrics import worker_metrics
+from mgmtn.attributes import ATTRIBUTES
 from mgmtn.errors import MgmtnError
 
 __all__ = ["FileFacts", "LabelSink", "write_part"]
 
 log = logging.getLogger(__name__)
 
-MIN_ROWS_PER_WRITE: Final = 122_880
+PREDICTED: Final = (*ATTRIBUTES, "labels")
+
+# About ten minutes of two cores' work, or one of a GPU's: what a run that dies can lose for each file it was gathering.
+# `mgmtn compact` makes large files of them.
+ROWS_PER_FILE: Final = 8_192
+
+
+def one_outcome_each(rows: pa.Table) -> pa.Table:
+    """Let an image of which some faces failed in the model have failed with all of them: it is tried again whole.
+
+    The model's stage takes faces in batches of a fixed size, and the faces of an image may lie in two of them.
+    """
+    failed = rows.filter(pc.is_in(rows["status"], value_set=pa.array([Status.MODEL_ERROR, Status.CRASHED])))
+    if not failed.num_rows:
+        return rows
+    outcomes = failed.group_by("image_id", use_threads=False).aggregate([("status", "first"), ("error", "first")])
+    place = pc.index_in(rows["image_id"], value_set=outcomes["image_id"])
+    hit = pc.is_valid(place)
+    for name in ("status", "error"):
+        outcome = outcomes[f"{name}_first"].take(place)
+        rows = _with(rows, name, pc.if_else(hit, outcome.cast(pa.string()), rows[name].cast(pa.string())))
+    for name in PREDICTED:
+        rows = _with(rows, name, pc.if_else(hit, pa.scalar(None, rows[name].type), rows[name]))
+    return rows
+
+
+def _with(rows: pa.Table, name: str, column: pa.ChunkedArray) -> pa.Table:
+    return rows.set_column(rows.schema.get_field_index(name), name, column)
 
 
 class LabelSink(Datasink[FileFacts | None]):
@@ -35,7 +67,7 @@ class LabelSink(Datasink[FileFacts | None]):
         model_id: str,
         run_id: str,
         thresholds_id: str | None = None,
-        min_rows_per_write: int = MIN_ROWS_PER_WRITE,
+        rows_per_file: int = ROWS_PER_FILE,
     ) -> None:
         """
         Args:
@@ -43,8 +75,8 @@ class LabelSink(Datasink[FileFacts | None]):
             model_id: of the checkpoint that labels; names the folder.
             run_id: names the folder; no other run may share it.
             thresholds_id: of the thresholds behind `labels`.
-            min_rows_per_write: rows that Ray gathers for a file; the last one may have fewer. Bounds a worker's memory:
-                about 1 KB a row.
+            rows_per_file: rows that Ray gathers for a file, which is written as soon as they are there; the last one
+                may have fewer. Bounds a worker's memory: about 1 KB a row.
 
         Raises:
             ConfigError: if an id cannot be part of a path.
@@ -53,27 +85,31 @@ class LabelSink(Datasink[FileFacts | None]):
         self._labels_uri = canonical_uri(labels_uri)
         self._directory = part_directory(model_id, run_id)
         self._model_id, self._run_id, self._thresholds_id = model_id, run_id, thresholds_id
-        self._min_rows = min_rows_per_write
+        self._rows_per_file = rows_per_file
 
     @property
     def min_rows_per_write(self) -> int:
         """Ray joins whole blocks up to this many rows and cuts none, so an image's faces stay together."""
-        return self._min_rows
+        return self._rows_per_file
 
     def write(self, blocks: Iterable[Block], ctx: TaskContext) -> FileFacts | None:
-        """Write one task's rows as one file; None if there are none."""
+        """Write one task's rows, whole images, as one file; None if there are none."""
         tables = [BlockAccessor.for_block(block).to_arrow() for block in blocks]
         tables = [table for table in tables if table.num_rows]
         if not tables:
             return None
-        return write_part(
-            pa.concat_tables(tables, promote_options="permissive"),
+        started = time.perf_counter()
+        facts = write_part(
+            one_outcome_each(pa.concat_tables(tables, promote_options="permissive")),
             store=open_store(self._labels_uri),
             labels_uri=self._labels_uri,
             model_id=self._model_id,
             run_id=self._run_id,
             thresholds_id=self._thresholds_id,
         )
+        seconds = time.perf_counter() - started
+        worker_metrics().time_stage("write", seconds=seconds, images=sum(facts.images.values()))
+        return facts
 
     def on_write_complete(self, write_result: WriteResult[FileFacts | None]) -> None:
         """Keep the facts for the commit, which is the program's decision."""

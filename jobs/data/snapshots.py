@@ -1,11 +1,18 @@
 """The label table's history: numbered snapshots, each the list of files that make the table.
 
 The write of a snapshot's file, possible once for each number, is the commit. A reader takes the highest number. Files
-are never changed: rows are replaced by new files, and a file that held them is rewritten without them, so that the
-files of a snapshot hold each face exactly once.
+are never changed: rows are replaced by new files, and a file that held them is rewritten without them (copy on write),
+so that the files of a snapshot hold each face exactly once.
+
+Why copy on write, and neither delete vectors nor a view: any engine that is given the list of files reads exactly the
+current faces, with no predicate that somebody could forget, and a picture that is withdrawn leaves the files of the
+next snapshot, not only its answers. The price is that a night rewrites each file that holds a changed or deleted image:
+few files where a night's changes are fewer than the files, all of them where every file has a deletion. A file without
+any is kept as it is.
 """
 
 import bisect
+import hashlib
 import logging
 import re
 from collections import Counter
@@ -29,10 +36,21 @@ log = logging.getLogger(__name__)
 SNAPSHOT_DIRECTORY: Final = "_snapshots"
 _SNAPSHOT_NAME: Final = re.compile(r"\d{20}\.json")
 _THREADS: Final = 16
+_REWRITES: Final = 4  # files held in memory at once, decoded
+_CHUNK: Final = 8 << 20
 
 
 class SnapshotConflict(MgmtnError):
     """Another run has committed first; what this one wrote is still there, and its plan is out of date."""
+
+
+class Pace(BaseModel):
+    """How fast a run was."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    images: int = Field(gt=0, description="images that the run labelled itself")
+    seconds: float = Field(gt=0, description="from its start to its commit")
 
 
 class Snapshot(BaseModel):
@@ -49,6 +67,7 @@ class Snapshot(BaseModel):
     thresholds_id: str | None = None
     inventory_digest: str = Field(description="of the inventory that was labelled")
     planned: dict[str, int] = Field(default_factory=dict, description="images due in the run by reason, and `deleted`")
+    pace: Pace | None = Field(None, description="null where nothing was labelled")
     images: dict[str, int] = Field(description="all images of the table by status")
     faces: int = Field(ge=0)
     files: tuple[FileFacts, ...]
@@ -57,6 +76,15 @@ class Snapshot(BaseModel):
     def rows(self) -> int:
         """Rows of all files."""
         return sum(file.rows for file in self.files)
+
+    @property
+    def models(self) -> dict[str, int]:
+        """Images by the model that labelled them. Two models only where a run could not reach every image: those of an
+        input that it did not list, kept by `--deletions keep`, and those of a folder that it may not list."""
+        images: Counter[str] = Counter()
+        for file in self.files:
+            images[file.model_id] += sum(file.images.values())
+        return dict(sorted(images.items()))
 
     @property
     def bytes(self) -> int:
@@ -73,6 +101,7 @@ def next_snapshot(
     inventory_digest: str,
     thresholds_id: str | None = None,
     planned: dict[str, int] | None = None,
+    pace: Pace | None = None,
 ) -> Snapshot:
     """The snapshot to commit after `parent`; the table's counts are summed from its files."""
     listed = tuple(sorted(files, key=lambda file: (file.min_image_id, file.path)))
@@ -88,6 +117,7 @@ def next_snapshot(
         thresholds_id=thresholds_id,
         inventory_digest=inventory_digest,
         planned=planned or {},
+        pace=pace,
         images=dict(sorted(images.items())),
         faces=sum(file.faces for file in listed),
         files=listed,
@@ -123,11 +153,11 @@ class LabelTable:
         Raises:
             ConfigError: if there is none with this number, or it is damaged.
         """
-        uri = self._snapshot_uri(number)
+        uri = self.snapshot_uri(number)
         try:
             data = self.store.get(uri)
         except FetchError as error:
-            raise ConfigError(f"{self.uri!r}: snapshot {number} cannot be read: {error}") from error
+            raise ConfigError(f"{self.uri!r}: snapshot {number} {self._why_not(number, error)}") from error
         try:
             return Snapshot.model_validate_json(data)
         except ValidationError as error:
@@ -135,7 +165,14 @@ class LabelTable:
 
     def history(self) -> tuple[Snapshot, ...]:
         """Every snapshot, oldest first."""
-        return tuple(self.at(number) for number in self._numbers())
+        snapshots: list[Snapshot] = []
+        for number in self._numbers():
+            try:
+                snapshots.append(self.at(number))
+            except ConfigError:
+                if self._exists(number):
+                    raise  # else it was vacuumed while we read the others
+        return tuple(snapshots)
 
     def files(self, snapshot: Snapshot) -> tuple[str, ...]:
         """The URIs of a snapshot's files, for any engine that reads Parquet."""
@@ -165,15 +202,19 @@ class LabelTable:
     def commit(self, snapshot: Snapshot) -> Snapshot:
         """Make a snapshot the current one.
 
+        Args:
+            snapshot: follows its parent. Of a file that the parent lists too the size is checked, of any other also the
+                content.
+
         Raises:
             SnapshotConflict: if the number is taken; the other snapshot stays as it is.
-            ConfigError: if a listed file is missing or has another size, or nothing can be written.
+            ConfigError: if a listed file is missing or damaged, or nothing can be written.
         """
         assert snapshot.number == (snapshot.parent or 0) + 1, "a snapshot follows its parent"
         assert len({file.path for file in snapshot.files}) == len(snapshot.files), "a file is listed twice"
-        self._verify(snapshot)
+        self.verify(snapshot.files, retained=self.at(snapshot.parent).files if snapshot.parent else ())
         data = snapshot.model_dump_json(indent=1).encode()
-        if not self.store.put_if_absent(self._snapshot_uri(snapshot.number), data):
+        if not self.store.put_if_absent(self.snapshot_uri(snapshot.number), data):
             raise SnapshotConflict(
                 f"{self.uri!r}: another run committed snapshot {snapshot.number} first; nothing was overwritten. "
                 "Run the same command again: it plans against the new snapshot"
@@ -181,11 +222,13 @@ class LabelTable:
         log.info("committed=%d files=%d rows=%d", snapshot.number, len(snapshot.files), snapshot.rows)
         return snapshot
 
-    def carry_over(self, snapshot: Snapshot | None, *, drop_ids: Iterable[str], run_id: str) -> tuple[FileFacts, ...]:
+    def carry_over(
+        self, snapshot: Snapshot | None, *, drop_ids: Iterable[str] | pa.Array, run_id: str
+    ) -> tuple[FileFacts, ...]:
         """The files that hold a snapshot's rows without those of some images.
 
         A file that holds none of them is kept as it is; the others are rewritten into `run_id`'s folder of the same
-        model, their rows otherwise unchanged.
+        model, several at once, their rows otherwise unchanged.
 
         Args:
             snapshot: the current one; None for no rows at all.
@@ -195,16 +238,17 @@ class LabelTable:
         Raises:
             ConfigError: if a file cannot be read or written.
         """
-        dropped = sorted(set(drop_ids))
-        kept: list[FileFacts] = []
-        for file in snapshot.files if snapshot else ():
-            within = slice(
-                bisect.bisect_left(dropped, file.min_image_id),
-                bisect.bisect_right(dropped, file.max_image_id),
-            )
-            remaining = self._without(file, pa.array(dropped[within], pa.string()), run_id=run_id)
-            kept += [remaining] if remaining else []
-        return tuple(kept)
+        given = drop_ids if isinstance(drop_ids, pa.Array) else pa.array(list(drop_ids), pa.string())
+        dropped = given.unique().sort()
+
+        def without(file: FileFacts) -> FileFacts | None:
+            start = bisect.bisect_left(range(len(dropped)), file.min_image_id, key=lambda at: dropped[at].as_py())
+            stop = bisect.bisect_right(range(len(dropped)), file.max_image_id, key=lambda at: dropped[at].as_py())
+            return self._without(file, dropped[start:stop], run_id=run_id)
+
+        with ThreadPoolExecutor(_REWRITES) as pool:
+            remaining = list(pool.map(without, snapshot.files if snapshot else ()))
+        return tuple(file for file in remaining if file is not None)
 
     def _without(self, file: FileFacts, dropped: pa.Array, *, run_id: str) -> FileFacts | None:
         if not len(dropped):
@@ -226,20 +270,42 @@ class LabelTable:
     def _rows(self, file: FileFacts, *, columns: Sequence[str]) -> pa.Table:
         return pa.Table.from_batches(list(read_parts([self._uri_of(file)], store=self.store, columns=columns)))
 
-    def _verify(self, snapshot: Snapshot) -> None:
-        with ThreadPoolExecutor(_THREADS) as pool:
-            problems = [problem for problem in pool.map(self._problem_with, snapshot.files) if problem]
-        if problems:
-            raise ConfigError(f"snapshot {snapshot.number} is not committed: {'; '.join(problems)}")
+    def verify(self, files: Iterable[FileFacts], *, retained: Iterable[FileFacts] = ()) -> None:
+        """Check that files are there and are what their facts say.
 
-    def _problem_with(self, file: FileFacts) -> str:
+        Args:
+            files: what is to be checked.
+            retained: files whose content was checked before: of these the size has to do.
+
+        Raises:
+            ConfigError: naming each file that is missing, has another size, or another content.
+        """
+        known = {(file.path, file.sha256) for file in retained}
+        with ThreadPoolExecutor(_THREADS) as pool:
+            found = pool.map(lambda file: self._problem_with(file, read=(file.path, file.sha256) not in known), files)
+            problems = [problem for problem in found if problem]
+        if problems:
+            raise ConfigError(f"{self.uri!r}: nothing is committed: {'; '.join(problems)}")
+
+    def _problem_with(self, file: FileFacts, *, read: bool) -> str:
+        uri = self._uri_of(file)
         try:
-            found = self.store.stat(self._uri_of(file))
+            found = self.store.stat(uri)
+            if found is None:
+                return f"{uri!r} is missing"
+            if found.size != file.bytes:
+                return f"{uri!r} has {found.size} bytes, not {file.bytes}"
+            sha256 = self._sha256(uri) if read else file.sha256
         except FetchError as error:
             return str(error)
-        if found is None:
-            return f"{self._uri_of(file)!r} is missing"
-        return "" if found.size == file.bytes else f"{self._uri_of(file)!r} has {found.size} bytes, not {file.bytes}"
+        return "" if sha256 == file.sha256 else f"{uri!r} has another content than was written: SHA-256 {sha256}"
+
+    def _sha256(self, uri: str) -> str:
+        digest = hashlib.sha256()
+        with self.store.open(uri) as source:
+            while chunk := source.read(_CHUNK):
+                digest.update(chunk)
+        return digest.hexdigest()
 
     def _numbers(self) -> list[int]:
         folder = join(self.uri, SNAPSHOT_DIRECTORY) + "/"
@@ -248,12 +314,21 @@ class LabelTable:
 
     def _exists(self, number: int) -> bool:
         try:
-            return self.store.stat(self._snapshot_uri(number)) is not None
+            return self.store.stat(self.snapshot_uri(number)) is not None
         except FetchError as error:
             raise ConfigError(f"{self.uri!r}: its snapshots cannot be looked up: {error}") from error
 
     def _uri_of(self, file: FileFacts) -> str:
         return join(self.uri, file.path)
 
-    def _snapshot_uri(self, number: int) -> str:
+    def _why_not(self, number: int, error: FetchError) -> str:
+        numbers = self._numbers()
+        if not numbers or number in numbers:
+            return f"cannot be read: {error}"
+        if number > numbers[-1]:
+            return f"is not there yet; the latest is {numbers[-1]}"
+        return f"has been vacuumed; those that are left begin with {numbers[0]}"
+
+    def snapshot_uri(self, number: int) -> str:
+        """Where a snapshot is, or would be."""
         return join(self.uri, SNAPSHOT_DIRECTORY, f"{number:020d}.json")

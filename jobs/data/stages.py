@@ -4,6 +4,7 @@ Each image enters as one row of the plan and leaves as one row per face, or as o
 Only an `ImageError` becomes a row's status; a bug or an outage stops the job.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ import pyarrow as pa
 import ray
 import torch
 
+from jobs.data.detection import on_this_machine
 from jobs.data.object_store import open_store
 from jobs.data.schema import ERROR_LENGTH, TABLE_SCHEMA, Status
+from jobs.data.worker_metrics import timed, worker_metrics
 from mgmtn.attributes import ATTRIBUTES, GROUPS
 from mgmtn.checkpoint import Checkpoint
 from mgmtn.errors import ImageError
@@ -50,6 +53,8 @@ FACE_SCHEMA = pa.schema(
 # Without landmarks each group looks at the whole square.
 EVERYWHERE = np.ones((len(GROUPS), MASK_SIZE, MASK_SIZE), bool)
 
+CRASH = "the process that worked on it died, again and again"
+
 _FETCH_THREADS = 16
 _DECODED_BYTES = 128 * 2**20  # decoded images held at once by one worker
 _DECODED_IMAGES = 16
@@ -69,9 +74,12 @@ def fetch_and_decode(
 
     def fetch(row: Row) -> bytes | ImageError:
         try:
-            return open_store(row["uri"]).get(row["uri"], etag=row["etag"], max_bytes=limits.max_bytes)
+            with timed("fetch"):
+                data = open_store(row["uri"]).get(row["uri"], etag=row["etag"], max_bytes=limits.max_bytes)
         except ImageError as error:
             return error
+        worker_metrics().count_bytes(len(data))
+        return data
 
     group: list[tuple[Row, np.ndarray | ImageError]] = []
     held = 0
@@ -91,7 +99,8 @@ def _decode(data: bytes | ImageError, limits: ImageLimits) -> np.ndarray | Image
     if isinstance(data, ImageError):
         return data
     try:
-        return decode_image(data, limits=limits)
+        with timed("decode"):
+            return decode_image(data, limits=limits)
     except ImageError as error:
         return error
 
@@ -119,22 +128,29 @@ class FindFaces:
 
     def __init__(self, work: FaceWork) -> None:
         cv2.setNumThreads(1)  # the actor owns one CPU
+        worker_metrics()
         self.work = work
-        self.detector = work.detector.build()
+        self.detector = on_this_machine(work.detector).build()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows: list[Row] = []
         for group in fetch_and_decode(batch.to_pylist(), limits=self.work.limits):
             images = [image for _, image in group if isinstance(image, np.ndarray)]
             detect = self.detector.find if self.work.mode == "detect" else self.detector.fit
-            found = iter(detect(images))
-            for planned, image in group:
-                row = self._row(planned)
-                if isinstance(image, ImageError):
-                    rows.append(row | {"status": image.status, "error": str(image)[:ERROR_LENGTH]})
-                else:
-                    rows += self._face_rows(row, image, next(found))
+            with timed("faces", images=len(images)):
+                found = iter(detect(images))
+                for planned, image in group:
+                    row = self._row(planned)
+                    if isinstance(image, ImageError):
+                        rows.append(row | {"status": image.status, "error": str(image)[:ERROR_LENGTH]})
+                    else:
+                        rows += self._face_rows(row, image, next(found))
         return pa.Table.from_pylist(rows, schema=FACE_SCHEMA)
+
+    def give_up(self, batch: pa.Table) -> pa.Table:
+        """Rows for images that take the process with them, which is known of them by now."""
+        crash = {"status": Status.CRASHED, "error": CRASH}
+        return pa.Table.from_pylist([self._row(planned) | crash for planned in batch.to_pylist()], schema=FACE_SCHEMA)
 
     def _row(self, planned: Row) -> Row:
         return {
@@ -199,15 +215,34 @@ class PredictAttributes:
     """
 
     def __init__(self, checkpoint: "ray.ObjectRef[Checkpoint]", batch_size: int, progress: Any = None) -> None:
+        worker_metrics()
         torch.set_num_threads(1)  # without a GPU there is a model worker for every CPU
         self.labeller = Labeller(ray.get(checkpoint), batch_size=batch_size)
         self.progress = progress
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        started = time.perf_counter()
         table = predict(batch, self.labeller)
-        if self.progress is not None:
-            self.progress.add.remote(image_outcomes(table))
+        images = self._report(table)
+        worker_metrics().time_stage("model", seconds=time.perf_counter() - started, images=images)
         return table
+
+    def give_up(self, batch: pa.Table) -> pa.Table:
+        """Rows for images whose faces take the process with them, which is known of them by now."""
+        nothing = {name: pa.nulls(len(batch), TABLE_SCHEMA.field(name).type) for name in PREDICTED}
+        known = {name: batch[name] for name in batch.column_names if name not in ("face", "masks")}
+        known |= {"status": pa.repeat(Status.CRASHED.value, len(batch)), "error": pa.repeat(CRASH, len(batch))}
+        table = pa.table([(known | nothing)[name] for name in TABLE_SCHEMA.names], schema=TABLE_SCHEMA)
+        self._report(table)
+        return table
+
+    def _report(self, table: pa.Table) -> int:
+        """Count what is done; returns how many images that is."""
+        outcomes = image_outcomes(table)
+        worker_metrics().count_images(outcomes)
+        if self.progress is not None:
+            self.progress.add.remote(outcomes)
+        return sum(outcomes.values()) - outcomes["faces"]
 
 
 def image_outcomes(table: pa.Table) -> dict[str, int]:

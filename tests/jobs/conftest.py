@@ -1,18 +1,19 @@
-"""Label rows, a label table and an S3 server for the tests of the programs and their data."""
+"""Label rows for the tests of the programs and their data."""
 
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-import boto3
 import pyarrow as pa
 import pytest
 
+from jobs.data.parts import write_part
 from jobs.data.schema import TABLE_SCHEMA, image_id
+from jobs.data.snapshots import LabelTable, Snapshot, next_snapshot
 from mgmtn.attributes import ATTRIBUTES
 
 Rows = Callable[..., pa.Table]
+Night = Callable[..., Snapshot]
 
 
 @pytest.fixture
@@ -52,34 +53,30 @@ def _rows_of(uri: str, outcome: int | str) -> list[dict[str, Any]]:
     return [image | face | {"face_index": index, "face_count": outcome} for index in range(outcome)]
 
 
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[str]:
-    """The URL of an S3 server of this process."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
 @pytest.fixture
-def s3_environment(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> str:
-    """The server as the environment's S3, with keys that must never be seen; its URL."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAVERYVISIBLE")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "never-print-this")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("MGMTN_CACHE", str(tmp_path / "cache"))
-    return s3_server
+def add_night() -> Night:
+    """`add_night(table's uri, {uri: face count or status}, drop=uris, run_id=..., model_id=..., **columns)`: the next
+    snapshot, with a file of these rows and without those that they supersede or that are dropped."""
+    return _add_night
 
 
-@pytest.fixture
-def bucket(s3_environment: str) -> str:
-    """The URI of a new, empty bucket."""
-    name = f"photos-{uuid.uuid4().hex[:12]}"
-    boto3.client("s3").create_bucket(Bucket=name)
-    return f"s3://{name}"
+def _add_night(
+    uri: str,
+    images: Mapping[str, int | str],
+    /,
+    *,
+    drop: Sequence[str] = (),
+    run_id: str = "r1",
+    model_id: str = "m1",
+    **columns: Any,
+) -> Snapshot:
+    table = LabelTable(uri)
+    current = table.current()
+    files = table.carry_over(current, drop_ids=[image_id(uri) for uri in (*drop, *images)], run_id=run_id)
+    if images:
+        rows = _label_rows(images, run_id=run_id, model_id=model_id, **columns)
+        written = write_part(rows, store=table.store, labels_uri=table.uri, model_id=model_id, run_id=run_id)
+        files = (*files, written)
+    return table.commit(
+        next_snapshot(current, files=files, run_id=run_id, model_id=model_id, inventory_digest=f"of {run_id}")
+    )

@@ -1,7 +1,8 @@
 import pytest
 from pydantic import ValidationError
 
-from jobs.cluster import ClusterSettings, Pools, share
+from jobs import cluster
+from jobs.cluster import ClusterSettings, Pools, nodes_awaited, share
 from mgmtn.errors import ConfigError
 
 CPU, GPU = (0.75, 0.25, 0.0), (1.0, 0.0, 1.0)  # CPUs of a face worker and of a model worker, GPUs of a model worker
@@ -48,3 +49,41 @@ def test_what_cannot_fit_is_refused_with_its_numbers(cpus, gpus, wishes, problem
 def test_a_cluster_that_cannot_start_is_refused(wrong):
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         ClusterSettings(**wrong)
+
+
+@pytest.fixture
+def autoscaler(monkeypatch):
+    """A cluster that grows by four CPUs and a GPU each time it is looked at; what it was asked for."""
+    asked, nodes = [], iter(range(1000))
+    monkeypatch.setattr(cluster, "request_resources", lambda **wanted: asked.append(wanted))
+    monkeypatch.setattr(cluster, "POLL_SECONDS", 0.001)
+
+    def totals():
+        number = next(nodes)
+        return {"CPU": 4.0 * number, "GPU": float(number)}
+
+    monkeypatch.setattr(cluster, "totals", totals)
+    return asked
+
+
+def test_a_cluster_that_scales_is_asked_for_nodes_waited_for_and_let_go(autoscaler):
+    with nodes_awaited(ClusterSettings(wait_cpus=8, wait_gpus=2)):
+        assert autoscaler == [{"bundles": [{"CPU": 1}] * 8 + [{"GPU": 1}] * 2}]
+        assert cluster.totals()["CPU"] > 8
+    assert autoscaler[1:] == [{"num_cpus": 0}]
+
+
+def test_nodes_that_do_not_come_end_the_job(autoscaler, monkeypatch):
+    monkeypatch.setattr(cluster, "totals", lambda: {"CPU": 4.0, "GPU": 0.0})
+    with (
+        pytest.raises(ConfigError, match=r"'GPU': 1.* wanted, the cluster has .* after 0.01 s"),
+        nodes_awaited(ClusterSettings(wait_gpus=1, wait_seconds=0.01)),
+    ):
+        raise AssertionError
+    assert autoscaler[-1] == {"num_cpus": 0}
+
+
+def test_a_job_that_waits_for_no_nodes_asks_for_none(autoscaler):
+    with nodes_awaited(ClusterSettings()):
+        pass
+    assert autoscaler == []

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,24 @@ import torch
 
 from jobs import demo
 from jobs.cluster import Pools
+from jobs.data.lease import LeaseRecord, LeaseSettings, held
 from jobs.data.object_store import LocalStore, canonical_uri
 from jobs.data.parts import FileFacts, write_part
-from jobs.data.schema import Status, image_id
+from jobs.data.resume import announce, unfinished_runs
+from jobs.data.run import Run, commit, divide
+from jobs.data.schema import image_id
 from jobs.data.snapshots import LabelTable, next_snapshot
 from jobs.label import (
     LabelSettings,
-    Tally,
     _no_more_than_blocks,
     check_budget,
-    commit,
+    choose_model,
     main,
+    note_of,
     prepare_run,
     run,
-    written_ids,
 )
-from jobs.outcomes import ErrorBudgetExceeded, LeaseHeld
+from jobs.outcomes import ErrorBudgetExceeded, GateRefused, LeaseHeld
 from mgmtn.checkpoint import Card, Checkpoint
 from mgmtn.mask_net import MaskNet, MaskNetSettings
 from mgmtn.network import MGMTN, NetworkSettings
@@ -54,9 +57,25 @@ def settings(photos: Path, output: Path, model: str, **more: Any) -> LabelSettin
     return LabelSettings(inputs=(str(photos),), output=str(output), model=model, **more)
 
 
+def planned(settings: LabelSettings) -> Run:
+    return prepare_run(settings, choose_model(settings))
+
+
+def leave_files(label_rows, settings: LabelSettings, names: Sequence[str], **columns: Any) -> Run:
+    """A run that wrote one file, with these photographs of the plan, and died."""
+    job = planned(settings)
+    announce(job.table, note_of(settings, job))
+    model_id = job.checkpoint.card.model_id
+    due = [row for row in job.plan.due.to_pylist() if Path(row["uri"]).name in names]
+    told = {"model_id": model_id, "run_id": job.id} | columns
+    rows = [label_rows({row["uri"]: 1}, etag=row["etag"], attempts=row["attempts"], **told) for row in due]
+    write_part(pa.concat_tables(rows), store=LocalStore(), labels_uri=job.table.uri, model_id=model_id, run_id=job.id)
+    return job
+
+
 def publish(label_rows, photos: Path, output: Path, model: str, **columns: Any) -> FileFacts:
     """A table in which every photograph is labelled by the model already; the facts of its file."""
-    job = prepare_run(settings(photos, output, model))
+    job = planned(settings(photos, output, model))
     etags = dict(zip(job.plan.due["uri"].to_pylist(), job.plan.due["etag"].to_pylist(), strict=True))
     model_id = job.checkpoint.card.model_id
     rows = pa.concat_tables(
@@ -154,17 +173,10 @@ def test_an_image_that_is_gone_leaves_the_table_without_any_labelling(photos, tm
     assert not ray.is_initialized()
 
 
-def test_a_files_images_are_known_by_their_ids_once(photos, tmp_path, model, label_rows):
-    rows = label_rows({"a": 2, "b": "no_face", "c": 1})
-    facts = write_part(rows, store=LocalStore(), labels_uri=str(tmp_path), model_id="m1", run_id="r1")
-    assert sorted(written_ids(LabelTable(str(tmp_path)), [facts])) == sorted(map(image_id, "abc"))
-    assert written_ids(LabelTable(str(tmp_path)), []) == []
-
-
 def test_relabelled_images_replace_their_rows(photos, tmp_path, model, label_rows):
     publish(label_rows, photos, tmp_path / "labels", model, young=0.25)
-    job = prepare_run(settings(photos, tmp_path / "labels", model, relabel=True, limit=1))
-    [uri], model_id = job.plan.due["uri"].to_pylist(), job.checkpoint.card.model_id
+    job = planned(settings(photos, tmp_path / "labels", model, relabel=True))
+    uri, model_id = job.plan.due["uri"][0].as_py(), job.checkpoint.card.model_id
     rows = label_rows({uri: 2}, model_id=model_id, young=0.75)
     files = [write_part(rows, store=LocalStore(), labels_uri=job.table.uri, model_id=model_id, run_id=job.id)]
     snapshot = commit(job, files)
@@ -174,7 +186,7 @@ def test_relabelled_images_replace_their_rows(photos, tmp_path, model, label_row
 
 
 def test_a_run_that_was_overtaken_does_not_commit(photos, tmp_path, model, label_rows):
-    late = prepare_run(settings(photos, tmp_path / "labels", model))
+    late = planned(settings(photos, tmp_path / "labels", model))
     facts = publish(label_rows, photos, tmp_path / "labels", model)
     with pytest.raises(LeaseHeld, match="another run committed snapshot 1 first") as refusal:
         commit(late, [facts])
@@ -213,13 +225,135 @@ def test_a_small_job_starts_no_more_processes_than_it_has_blocks(images, workers
     assert (fewer.cpus_per_face, fewer.cpus_per_model) == (0.75, 0.25)
 
 
-def test_the_tally_adds_up_what_workers_report():
-    tally = Tally()
-    tally.add({"ok": 2, "faces": 3})
-    tally.add({"ok": 1, "no_face": 1, "faces": 1})
-    assert tally.get() == {"ok": 3, "no_face": 1, "faces": 4}
-    assert tally.get()[Status.OK] == 3
-
-
 def test_a_first_snapshot_follows_nothing():
     assert next_snapshot(None, files=(), run_id="r", model_id="m", inventory_digest="d").number == 1
+
+
+def test_a_run_is_refused_while_another_holds_the_lease(photos, tmp_path, model, capsys):
+    command = [str(photos), "--output", str(tmp_path / "labels"), "--model", model]
+    with held(str(tmp_path / "labels"), holder="the-other", settings=LeaseSettings()):
+        assert main(command) == 75
+        assert main([*command, "--dry-run"]) == 0  # it only looks
+    assert "run the-other" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "labels").iterdir()) == ["_lease"]
+    assert not ray.is_initialized()
+
+
+def test_work_that_a_dead_run_has_done_is_published_without_doing_it_again(photos, tmp_path, model, label_rows):
+    every = [path.name for path in photos.iterdir()]
+    died = leave_files(label_rows, settings(photos, tmp_path / "labels", model), every)
+    summary = run(settings(photos, tmp_path / "labels", model))
+    assert (summary["adopted"], summary["images"], summary["snapshot"]) == (len(every), {"ok": len(every)}, 1)
+    assert not ray.is_initialized()
+    table = LabelTable(str(tmp_path / "labels"))
+    current = table.current()
+    assert current is not None
+    assert [file.run_id for file in current.files] == [died.id]
+    assert current.planned["new"] == len(every)
+    assert unfinished_runs(table) == ()
+
+
+def test_a_run_that_died_after_its_commit_is_forgotten_by_the_next(photos, tmp_path, model, label_rows):
+    given = settings(photos, tmp_path / "labels", model)
+    job = leave_files(label_rows, given, [path.name for path in photos.iterdir()])
+    run(given)
+    announce(job.table, note_of(given, job))
+    assert run(given)["snapshot"] == 1
+    assert unfinished_runs(job.table) == ()
+
+
+def test_a_limit_counts_what_is_still_to_be_done(photos, tmp_path, model, label_rows):
+    given = settings(photos, tmp_path / "labels", model)
+    first = sorted(path.name for path in photos.iterdir())[:4]
+    leave_files(label_rows, given, first)
+    job = planned(given)
+    work = divide(job, note_of(given, job), limit=3, resume=True)
+    total = len(list(photos.iterdir()))
+    assert (work.adopted.images, work.images, work.later["new"]) == (4, 3, total - 7)
+    assert work.planned(job.plan)["new"] == 7
+    [todo] = work.tables
+    assert not {Path(uri).name for uri in todo["uri"].to_pylist()} & set(first)
+    assert not work.incomplete_model
+    everything = divide(job, note_of(given, job), limit=0, resume=False)
+    assert (everything.adopted.images, everything.images, everything.later) == (0, total, {})
+
+
+def test_a_new_model_is_not_published_before_it_has_labelled_everything(photos, tmp_path, model, label_rows):
+    publish(label_rows, photos, tmp_path / "labels", model)
+    torch.manual_seed(1)
+    other = str(Checkpoint.of(MGMTN(TINY), Card(name="other", kind="attributes", network=TINY)).save(tmp_path / "m"))
+    given = settings(photos, tmp_path / "labels", other)
+    names = sorted(path.name for path in photos.iterdir())
+    job = leave_files(label_rows, given, names[:5])
+    work = divide(job, note_of(given, planned(given)), limit=2, resume=True)
+    assert work.incomplete_model
+    assert (work.adopted.images, work.images, work.later["new_model"]) == (5, 2, len(names) - 7)
+    # The old model's nights go on, and do not touch what the new one has so far.
+    (extra := tmp_path / "list.txt").write_text("".join(f"{photos / name}\n" for name in names[1:]))
+    assert run(settings(extra, tmp_path / "labels", model))["snapshot"] == 2
+    assert len(unfinished_runs(job.table)) == 1
+    # The rest is done, in another run that died: then the switch is one commit.
+    leave_files(label_rows, given, names[5:])
+    summary = run(given)
+    assert (summary["staged"], summary["adopted"], summary["snapshot"]) == (0, len(names), 3)
+    current = job.table.current()
+    assert current is not None
+    assert current.models == {job.checkpoint.card.model_id: len(names)}
+    assert job.table.at(2).models == {choose_model(settings(photos, tmp_path, model)).card.model_id: len(names) - 1}
+
+
+def test_a_collapsed_inventory_is_refused_until_it_is_accepted(photos, tmp_path, model, label_rows, capsys):
+    publish(label_rows, photos, tmp_path / "labels", model)
+    (tmp_path / "empty").mkdir()
+    command = [str(tmp_path / "empty"), "--output", str(tmp_path / "labels"), "--model", model]
+    assert main(command) == 3
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["refused"][0]["check"] == "deleted"
+    assert main([*command, "--accept"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["snapshot"] == 2
+
+
+def test_a_refused_run_can_be_accepted_and_is_not_done_again(photos, tmp_path, model, label_rows):
+    every = [path.name for path in photos.iterdir()]
+    publish(label_rows, photos, tmp_path / "labels", model)
+    gate = {"min_images": 5, "max_drift": 0.0}
+    given = settings(photos, tmp_path / "labels", model, relabel=True, gate=gate)
+    leave_files(label_rows, given, every, labels=0)
+    with pytest.raises(GateRefused, match="drift of") as refusal:
+        run(given)
+    assert refusal.value.summary is not None
+    assert refusal.value.summary["adopted"] == len(every)
+    table = LabelTable(str(tmp_path / "labels"))
+    assert all(one.refusal for one in unfinished_runs(table))
+    summary = run(given.model_copy(update={"accept": True}))
+    assert (summary["adopted"], summary["snapshot"]) == (len(every), 2)
+    assert not ray.is_initialized()
+
+
+def test_images_that_failed_in_passing_are_tried_again_after_a_refusal(photos, tmp_path, model, label_rows):
+    every = [path.name for path in photos.iterdir()]
+    given = settings(photos, tmp_path / "labels", model)
+    leave_files(label_rows, given, every[1:])
+    leave_files(label_rows, given, every[:1], status="fetch_error", error="a store that did not answer")
+    strict = given.model_copy(update={"max_failed_fraction": 0.0})
+    with pytest.raises(ErrorBudgetExceeded):
+        run(strict)
+    job = planned(given)
+    work = divide(job, note_of(given, job), limit=0, resume=True)
+    [todo] = work.tables
+    assert [Path(uri).name for uri in todo["uri"].to_pylist()] == every[:1]
+    assert divide(job, note_of(given, job), limit=0, resume=True, accept_failures=True).images == 0
+
+
+def test_a_run_whose_lease_was_taken_does_not_commit(photos, tmp_path, model, label_rows):
+    job = planned(settings(photos, tmp_path / "labels", model))
+    model_id = job.checkpoint.card.model_id
+    rows = label_rows({"a": 1}, model_id=model_id)
+    facts = write_part(rows, store=LocalStore(), labels_uri=job.table.uri, model_id=model_id, run_id=job.id)
+    with held(job.table.uri, holder=job.id, settings=LeaseSettings()) as lease:
+        last = max((tmp_path / "labels" / "_lease").iterdir())
+        record = LeaseRecord.model_validate_json(last.read_text())
+        usurper = record.model_copy(update={"fence": record.fence + 1, "holder": "the-other"})
+        last.with_name(f"{int(last.stem) + 1:020d}.json").write_text(usurper.model_dump_json())
+        with pytest.raises(LeaseHeld, match="nothing was published"):
+            commit(job, [facts], confirm=lease.confirm)
+    assert job.table.current() is None

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.data.inventory import inventory_digest, take_inventory, unreadable_folders
-from jobs.data.schema import INVENTORY_SCHEMA, image_id
+from jobs.data import image_lists, inventory
+from jobs.data.inventory import inventory_digest, take_inventory, unreadable_folders, write_inventory
+from jobs.data.plan import make_plan
+from jobs.data.schema import INVENTORY_SCHEMA, TABLE_SCHEMA, image_id
 from mgmtn.errors import ConfigError
 
 ODD_NAMES = (
@@ -177,3 +179,52 @@ def test_folders_that_may_not_be_listed_are_remembered(photos, monkeypatch):
 
     monkeypatch.setattr(os, "walk", walk_with_a_closed_folder)
     assert unreadable_folders(take_inventory(str(photos))) == (str(photos / "album"),)
+
+
+def read_back(folder: Path) -> pa.Table:
+    return pa.concat_tables([pq.read_table(path) for path in sorted(folder.glob("*.parquet"))])
+
+
+def test_a_written_inventory_is_the_one_in_memory(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(inventory, "_BATCH_ROWS", 3)
+    uris = [str(photos / name) for name in ODD_NAMES]
+    inputs = [write_list(photos / "list.parquet", [*uris, *uris[:2], "gone.jpg"]), str(photos)]
+    table = take_inventory(inputs)
+    folder = write_inventory(inputs, tmp_path / "inventory")
+    assert read_back(folder).equals(table)
+    assert inventory_digest(folder) == inventory_digest(table)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["inventory", "photos"]
+    # As a plan reads it.
+    plan = make_plan(folder, TABLE_SCHEMA.empty_table(), model_id="m1")
+    assert plan.planned["new"] == table.num_rows
+
+
+def test_a_written_inventory_may_be_empty(tmp_path):
+    (tmp_path / "photos").mkdir()
+    folder = write_inventory(str(tmp_path / "photos"), tmp_path / "inventory")
+    assert read_back(folder).equals(take_inventory(str(tmp_path / "photos")))
+    assert inventory_digest(folder) == inventory_digest(INVENTORY_SCHEMA.empty_table())
+
+
+def test_a_written_inventory_of_what_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"typo'.*no such folder"):
+        write_inventory(str(tmp_path / "typo"), tmp_path / "inventory")
+
+
+@pytest.mark.parametrize("write", [False, True], ids=["in-memory", "written"])
+def test_of_two_versions_the_first_named_counts(tmp_path, write):
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.csv").write_text("uri,etag\n" + "".join(f"/p/{n}.jpg,{name}\n" for n in range(50)))
+    inputs = [str(tmp_path / "first.csv"), str(tmp_path / "second.csv")]
+    table = read_back(write_inventory(inputs, tmp_path / "out")) if write else take_inventory(inputs)
+    assert table["etag"].to_pylist() == ["first"] * 50
+    assert take_inventory(inputs[::-1])["etag"].to_pylist() == ["second"] * 50
+
+
+def test_other_columns_of_a_list_may_hold_anything(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_lists, "_READ_BYTES", 2_000)
+    rows = [f'/p/{number}.jpg,"""{number:x}""",{number}\n' for number in range(1000)] + ["/p/last.jpg,x,a word\n"]
+    (tmp_path / "list.csv").write_text("uri,etag,note\n" + "".join(rows))
+    table = take_inventory(str(tmp_path / "list.csv"))
+    assert table.num_rows == 1001
+    assert set(table["etag"].to_pylist()) == {f"{number:x}" for number in range(1000)} | {"x"}

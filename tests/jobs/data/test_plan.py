@@ -1,8 +1,12 @@
+import gc
+
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from jobs.data.plan import DUE_SCHEMA, PLAN_COLUMNS, Plan, make_plan
+from jobs.data.plan import DUE_SCHEMA, Plan, PlanLimits, known_columns, make_plan
 from jobs.data.schema import INVENTORY_SCHEMA, image_id
+from mgmtn.errors import ConfigError
 
 NOTHING = dict.fromkeys(("new", "changed", "new_model", "retry", "relabel", "deleted"), 0)
 
@@ -104,6 +108,104 @@ def test_a_limit_leaves_the_rest_of_the_table_alone(label_rows):
 
 
 def test_the_plan_needs_only_some_columns_as_a_stream(label_rows):
-    rows = label_rows({"a": 1, "b": 2}).select(PLAN_COLUMNS)
-    plan = make_plan(inventory(a="v2", b="v1"), rows.to_reader(max_chunksize=1), model_id="m1")
+    listed = inventory(a="v2", b="v1")
+    rows = label_rows({"a": 1, "b": 2}).select(known_columns(listed))
+    assert "uri" not in rows.column_names
+    plan = make_plan(listed, rows.to_reader(max_chunksize=1), model_id="m1")
     assert reasons(plan) == {"a": ("changed", 1)}
+
+
+def test_uris_are_needed_only_where_a_folder_may_not_be_listed():
+    partial = inventory().replace_schema_metadata({"mgmtn.unreadable": '["/p/closed"]'})
+    assert set(known_columns(partial)) - set(known_columns(inventory())) == {"uri"}
+
+
+def test_of_an_image_that_two_models_labelled_our_rows_count(label_rows):
+    both = [label_rows({"a": 2, "b": "fetch_error"}), label_rows({"a": 1, "c": 1}, model_id="m2", etag="v2")]
+    listed = inventory(a="v1", b="v1", c="v2")
+    for rows in (pa.concat_tables(both), pa.concat_tables(both[::-1])):
+        plan = make_plan(listed, rows, model_id="m1")
+        assert reasons(plan) == {"b": ("retry", 2), "c": ("new_model", 1)}
+        assert (plan.known, plan.kept) == (3, 1)
+
+
+@pytest.fixture
+def night(label_rows) -> tuple[pa.Table, pa.Table]:
+    """An inventory of 300 images, and a table of 330, with every reason among them."""
+    names = [f"s3://b/{number:03d}.jpg" for number in range(330)]
+    listed = {name: "v2" if number % 7 == 0 else "v1" for number, name in enumerate(names[30:])}
+    labelled = label_rows(dict.fromkeys(names[:250], 2)), label_rows(dict.fromkeys(names[250:290], "crashed"))
+    other = label_rows(dict.fromkeys(names[290:310], 1), model_id="m0")
+    return inventory(**listed), pa.concat_tables([*labelled, other])
+
+
+def summary(plan: Plan) -> tuple[object, ...]:
+    due = plan.due.to_pylist()
+    return plan.planned, plan.listed, plan.known, plan.kept, plan.bytes, due, plan.dropped.to_pylist()
+
+
+@pytest.mark.parametrize("more", [{}, {"limit": 70}, {"deletions": "keep"}, {"relabel": True}], ids=str)
+def test_a_plan_is_the_same_however_it_is_cut(night, more):
+    listed, labelled = night
+    plans = [
+        make_plan(listed, labelled, model_id="m1", limits=PlanLimits(images_per_bucket=images), **more)
+        for images in (1_000_000, 60, 15)
+    ]
+    assert [len(plan.due_files) > 1 for plan in plans] == [False, True, True]
+    assert summary(plans[1]) == summary(plans[0]) == summary(plans[2])
+    assert plans[0].images == min(plans[0].due.num_rows, more.get("limit", 1000))
+
+
+@pytest.mark.parametrize("order", ["image_id", "uri"])
+def test_an_inventory_in_parquet_files_gives_the_same_plan(night, tmp_path, order):
+    listed, labelled = night
+    ordered = listed.sort_by(order)
+    for number in range(3):
+        pq.write_table(ordered.slice(100 * number, 100), tmp_path / f"{number}.parquet", row_group_size=40)
+    limits = PlanLimits(images_per_bucket=40)
+    expected = summary(make_plan(listed, labelled, model_id="m1"))
+    assert summary(make_plan(tmp_path, labelled, model_id="m1", limits=limits)) == expected
+    pq.write_table(ordered, tmp_path / "0.parquet")
+    assert summary(make_plan(tmp_path / "0.parquet", labelled, model_id="m1", limits=limits)) == expected
+
+
+def test_an_inventory_file_tells_of_folders_that_may_not_be_listed(label_rows, tmp_path):
+    partial = inventory(a="v1").replace_schema_metadata({"mgmtn.unreadable": '["/p/closed"]'})
+    pq.write_table(partial, tmp_path / "inventory.parquet")
+    rows = label_rows({"/p/closed/a.jpg": 1, "/p/b.jpg": 1})
+    plan = make_plan(tmp_path / "inventory.parquet", rows, model_id="m1")
+    assert plan.dropped.to_pylist() == [image_id("/p/b.jpg")]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_inventory_that_is_not_there_is_not_taken_for_empty(label_rows, tmp_path, there):
+    folder = tmp_path / "inventory"
+    if there:
+        folder.mkdir()
+    with pytest.raises(ConfigError, match=r"inventory .* there is no Parquet file"):
+        make_plan(folder, label_rows({"a": 1}), model_id="m1")
+
+
+def test_due_images_come_in_tables_of_any_size(night):
+    plan = make_plan(*night, model_id="m1", limits=PlanLimits(images_per_bucket=20))
+    for rows in (1, 17, plan.images, 10_000):
+        tables = list(plan.due_tables(rows=rows))
+        assert [table.num_rows for table in tables[:-1]] == [rows] * (len(tables) - 1)
+        assert 0 < tables[-1].num_rows <= rows
+        assert pa.concat_tables(tables).equals(plan.due)
+
+
+def test_a_plan_takes_its_files_with_it_and_leaves_nothing_else(night, tmp_path):
+    plan = make_plan(*night, model_id="m1", limits=PlanLimits(folder=tmp_path / "work", images_per_bucket=20))
+    files = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {*plan.due_files, *plan.dropped_files}
+    del plan
+    gc.collect()
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_a_plan_that_fails_leaves_no_files(tmp_path, label_rows):
+    limits = PlanLimits(folder=tmp_path / "work")
+    with pytest.raises(ConfigError):
+        make_plan(tmp_path / "absent.parquet", label_rows({}), model_id="m1", limits=limits)
+    assert list((tmp_path / "work").iterdir()) == []

@@ -3,6 +3,7 @@ import os
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import ray
 from ray.data.datasource import WriteResult
@@ -49,6 +50,20 @@ def test_a_block_of_failures_fits_beside_a_block_of_faces(sink, label_rows):
     assert sink.write([failures, label_rows({"a": 1})], None).images == {"crashed": 1, "ok": 1}
 
 
+def test_an_image_that_failed_in_one_face_failed_in_all(sink, label_rows, tmp_path):
+    whole, failed = label_rows({"a": 2}), label_rows({"b": 3})
+    first = failed.filter(pc.equal(failed["face_index"], 0))
+    others = failed.filter(pc.not_equal(failed["face_index"], 0))
+    for name, value in {"status": "crashed", "error": "it died"}.items():
+        column = pa.repeat(pa.scalar(value, pa.string()), others.num_rows)
+        others = others.set_column(others.schema.get_field_index(name), name, column)
+    facts = sink.write([whole, first, others], None)
+    assert facts.images == {"crashed": 1, "ok": 1}
+    query = "SELECT uri, status, error, young, labels IS NULL FROM read_parquet($1) ORDER BY uri, face_index"
+    rows = duckdb.execute(query, [str(tmp_path / "labels" / facts.path)]).fetchall()
+    assert rows == [("a", "ok", None, 0.25, False)] * 2 + [("b", "crashed", "it died", None, True)] * 3
+
+
 def test_the_driver_learns_the_files_that_were_written(sink, label_rows):
     parts = [sink.write([label_rows({uri: 1})], None) for uri in "ab"]
     sink.on_write_complete(WriteResult(np.int64(2), np.int64(99), [parts[0], None, parts[1], parts[0]]))
@@ -75,7 +90,7 @@ def test_an_id_that_cannot_name_a_folder_is_refused_before_the_run(tmp_path):
 @pytest.mark.integration
 def test_ray_writes_a_table_that_plain_duckdb_reads(local_ray, label_rows, tmp_path):
     rows = label_rows({f"{number}.jpg": number % 3 or "no_face" for number in range(60)})
-    sink = LabelSink(str(tmp_path / "labels"), model_id="m1", run_id="r1", min_rows_per_write=25)
+    sink = LabelSink(str(tmp_path / "labels"), model_id="m1", run_id="r1", rows_per_file=25)
     ray.data.from_arrow([rows.slice(start, 10) for start in range(0, rows.num_rows, 10)]).write_datasink(sink)
     assert 1 < len(sink.files) <= 4
     assert sum(part.rows for part in sink.files) == rows.num_rows == 80
@@ -97,7 +112,7 @@ def test_a_job_that_dies_leaves_its_finished_files(local_ray, label_rows, tmp_pa
         return batch
 
     blocks = [label_rows({f"{number}.jpg": 1}) for number in range(20)]
-    sink = LabelSink(str(tmp_path / "labels"), model_id="m1", run_id="r1", min_rows_per_write=1)
+    sink = LabelSink(str(tmp_path / "labels"), model_id="m1", run_id="r1", rows_per_file=1)
     flow = ray.data.from_arrow(blocks).map_batches(fail_late, batch_format="pyarrow", batch_size=None)
     with pytest.raises(ray.exceptions.RayTaskError, match="a bug of ours"):
         flow.write_datasink(sink)

@@ -104,7 +104,7 @@ def test_a_snapshot_of_missing_or_cut_files_is_not_committed(table, label_rows):
     whole, cut, missing = (add(table, label_rows({uri: 1})) for uri in "abc")
     os.truncate(Path(table.uri, cut.path), 10)
     os.unlink(Path(table.uri, missing.path))
-    with pytest.raises(ConfigError, match="not committed") as caught:
+    with pytest.raises(ConfigError, match="nothing is committed") as caught:
         table.commit(after(None, whole, cut, missing))
     assert f"has 10 bytes, not {cut.bytes}" in str(caught.value)
     assert f"{missing.path}' is missing" in str(caught.value)
@@ -112,9 +112,27 @@ def test_a_snapshot_of_missing_or_cut_files_is_not_committed(table, label_rows):
     assert table.current() is None
 
 
+def test_new_files_are_checked_to_their_content_and_retained_ones_by_size(table, label_rows):
+    retained, new = add(table, label_rows({"a": 1})), add(table, label_rows({"b": 1}))
+    first = table.commit(after(None, retained))
+    for part in (retained, new):
+        path = Path(table.uri, part.path)
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(ConfigError, match="another content") as caught:
+        table.commit(after(first, retained, new))
+    assert new.path in str(caught.value)
+    assert retained.path not in str(caught.value)
+    assert table.current() == first
+
+
+def test_a_table_of_two_models_says_so(table, label_rows):
+    old, new = add(table, label_rows({"a": 2, "b": 1})), add(table, label_rows({"c": 1}, model_id="m2"), model_id="m2")
+    assert after(None, old, new).models == {"m1": 2, "m2": 1}
+
+
 def test_a_snapshot_that_is_not_there_or_damaged_is_named(table, label_rows):
     table.commit(after(None, add(table, label_rows({"a": 1}))))
-    with pytest.raises(ConfigError, match="snapshot 7 cannot be read"):
+    with pytest.raises(ConfigError, match="snapshot 7 is not there yet; the latest is 1"):
         table.at(7)
     Path(table.uri, "_snapshots", f"{1:020d}.json").write_text('{"number": 1')
     with pytest.raises(ConfigError, match="not a snapshot"):

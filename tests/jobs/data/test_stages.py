@@ -16,7 +16,7 @@ from jobs.data.object_store import ObjectInfo, open_store
 from jobs.data.parts import conform
 from jobs.data.plan import DUE_SCHEMA
 from jobs.data.schema import ERROR_LENGTH, TABLE_SCHEMA, image_id
-from jobs.data.stages import FACE_SCHEMA, FaceWork, FindFaces, image_outcomes, predict
+from jobs.data.stages import FACE_SCHEMA, FaceWork, FindFaces, PredictAttributes, image_outcomes, predict
 from mgmtn.attributes import ATTRIBUTES, GROUPS
 from mgmtn.checkpoint import Card, Checkpoint
 from mgmtn.images import ImageLimits
@@ -278,3 +278,20 @@ def test_outcomes_count_images_once_and_every_face(found):
         "unsupported": 1,
     }
     assert sum(counts.values()) == len(OUTCOMES)
+
+
+def test_images_that_are_given_up_are_crashed_rows_of_both_stages(photos: Path):
+    plan = due(photos, "astronaut.png", "cat.png")
+    rows = FindFaces(WORK).give_up(plan)
+    assert rows.schema.equals(FACE_SCHEMA)
+    assert rows["status"].to_pylist() == ["crashed"] * 2
+    assert rows["attempts"].to_pylist() == plan["attempts"].to_pylist()
+    stage = PredictAttributes.__new__(PredictAttributes)  # its weights do not matter
+    stage.progress = None
+    table = stage.give_up(find(photos, "twins.png"))
+    conform(table)
+    assert [(row["status"], row["face_index"], row["young"], row["labels"]) for row in table.to_pylist()] == [
+        ("crashed", 0, None, None),
+        ("crashed", 1, None, None),
+    ]
+    assert all("died" in error for error in [*rows["error"].to_pylist(), *table["error"].to_pylist()])

@@ -1,0 +1,214 @@
+"""What of a label table may be deleted, and its deletion in an order that a crash cannot turn into a broken table.
+
+Snapshots go first, then notes of dead runs, then files. A snapshot that is there has all its files, whenever the
+deletion stops; files without a snapshot are leftovers, and the next deletion finds them. The other way round, a
+snapshot without its files would be listed as part of the history and fail whoever reads it.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from typing import Final
+
+from jobs.data.object_store import ObjectInfo, is_s3, join, local_path, relative
+from jobs.data.resume import RUN_DIRECTORY, Unfinished, unfinished_runs
+from jobs.data.snapshots import LabelTable, Snapshot
+from jobs.outcomes import LeaseHeld
+from mgmtn.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+_PART: Final = re.compile(r"model=[^/]+/run=(?P<run>[^/]+)/part-[0-9a-f]+\.parquet")
+_TORN: Final = re.compile(r"(.*/)?\.[0-9a-f]{32}\.tmp")  # what `LocalStore` writes before it gives a file its name
+_NOTE: Final = re.compile(RUN_DIRECTORY + r"/.+\.json")
+_THREADS: Final = 16
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What stays: every snapshot that was the current one since `cutoff`, and the `keep` latest in any case.
+
+    Attributes:
+        cutoff: what nobody could need since then may go; None: all of it, however new.
+        keep: snapshots, the current one among them, at least 1.
+    """
+
+    cutoff: datetime | None
+    keep: int = 1
+
+    @classmethod
+    def of(cls, older_than: timedelta, *, keep: int = 1) -> "Retention":
+        """Ages are those of this moment."""
+        # Without an age nothing may hang on the difference between this machine's clock and the store's.
+        return cls(datetime.now(UTC) - older_than if older_than else None, keep)
+
+    def is_over(self, moment: datetime | None) -> bool:
+        """Whether a moment is long enough ago; False if it is not known when it was."""
+        return self.cutoff is None or (moment is not None and moment <= self.cutoff)
+
+
+@dataclass
+class Sweep:
+    """What is to be deleted, and what is not.
+
+    Attributes:
+        current: number of the current snapshot.
+        snapshots: numbers of those that go, oldest first.
+        notes: URIs of notes of runs that go.
+        files: Parquet files that go.
+        torn: unfinished writes that go, without their names yet.
+        kept_snapshots: numbers.
+        kept_files: how many files they need.
+        waiting: files of unfinished runs, which may still be taken up.
+        recent: files of no snapshot and no known run that are too new to go.
+        foreign: objects that are none of ours; they stay.
+    """
+
+    current: int
+    snapshots: list[int]
+    kept_snapshots: list[int]
+    kept_files: int
+    notes: list[str] = field(default_factory=list)
+    files: list[ObjectInfo] = field(default_factory=list)
+    torn: list[ObjectInfo] = field(default_factory=list)
+    waiting: int = 0
+    recent: int = 0
+    foreign: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return sum(info.size or 0 for info in [*self.files, *self.torn])
+
+
+def plan_sweep(table: LabelTable, retention: Retention) -> Sweep:
+    """Look through a table for what may go. Nothing is deleted.
+
+    A file goes if no snapshot that stays lists it, and a snapshot that goes does, or it was written before the cutoff.
+    Files of unfinished runs wait, whatever their age, as long as a run of their model began or wrote something since
+    the cutoff: it may be a model's work of many nights.
+
+    Raises:
+        ConfigError: there is no label table, or it cannot be listed or read.
+    """
+    snapshots = table.history()
+    if not snapshots:
+        raise ConfigError(f"LABELS {table.uri!r}: there is no label table")
+    kept, dropped = _divide(snapshots, retention)
+    needed = {file.path for snapshot in kept for file in snapshot.files}
+    released = {file.path for snapshot in dropped for file in snapshot.files} - needed
+    objects = {relative(info.uri, folder=table.uri): info for info in table.store.list(table.uri + "/", ordered=False)}
+    runs = unfinished_runs(table)
+    waiting = _waiting_runs(runs, objects, retention)
+    sweep = Sweep(
+        current=snapshots[-1].number,
+        snapshots=[snapshot.number for snapshot in dropped],
+        kept_snapshots=[snapshot.number for snapshot in kept],
+        kept_files=len(needed),
+    )
+    for path, info in objects.items():
+        _sort_in(sweep, path, info, needed=needed, released=released, waiting=waiting, retention=retention)
+    return sweep
+
+
+def _divide(snapshots: Iterable[Snapshot], retention: Retention) -> tuple[list[Snapshot], list[Snapshot]]:
+    """The snapshots that stay, and those that go.
+
+    Its age is that of its successor: what was the current one an hour ago may still be being read.
+    """
+    snapshots = list(snapshots)
+    going = [one for one, successor in pairwise(snapshots) if retention.is_over(successor.created_at)]
+    latest = {snapshot.number for snapshot in snapshots[-retention.keep :]}
+    gone = {snapshot.number for snapshot in going} - latest
+    return (
+        [snapshot for snapshot in snapshots if snapshot.number not in gone],
+        [snapshot for snapshot in snapshots if snapshot.number in gone],
+    )
+
+
+def _waiting_runs(runs: Iterable[Unfinished], objects: dict[str, ObjectInfo], retention: Retention) -> set[str]:
+    """Ids of the unfinished runs whose work somebody may still take up."""
+    last: dict[str, datetime] = {}  # sign of life, by run
+    for path, info in objects.items():
+        if (part := _PART.fullmatch(path)) and info.modified_at:
+            last[part["run"]] = max(last.get(part["run"], info.modified_at), info.modified_at)
+    runs = list(runs)
+    alive = set()
+    for run in runs:
+        moments = [run.note.started_at, *([run.refusal.refused_at] if run.refusal else [])]
+        if not retention.is_over(max([*moments, last.get(run.note.run_id, moments[0])])):
+            alive.add(run.note.model_id)
+    return {run.note.run_id for run in runs if run.note.model_id in alive}
+
+
+def _sort_in(
+    sweep: Sweep,
+    path: str,
+    info: ObjectInfo,
+    *,
+    needed: set[str],
+    released: set[str],
+    waiting: set[str],
+    retention: Retention,
+) -> None:
+    """Decide about one object of the table."""
+    if part := _PART.fullmatch(path):
+        if path in needed:
+            return
+        if path in released:
+            sweep.files.append(info)
+        elif part["run"] in waiting:
+            sweep.waiting += 1
+        elif retention.is_over(info.modified_at):
+            sweep.files.append(info)
+        else:
+            sweep.recent += 1
+    elif _TORN.fullmatch(path):
+        if retention.is_over(info.modified_at):
+            sweep.torn.append(info)
+    elif _NOTE.fullmatch(path):
+        run_id = path.removeprefix(f"{RUN_DIRECTORY}/").removesuffix(".json").removesuffix(".refused")
+        if run_id not in waiting:
+            sweep.notes.append(info.uri)
+    elif not path.startswith("_"):
+        sweep.foreign += 1
+
+
+def delete(table: LabelTable, sweep: Sweep, *, check: Callable[[], None]) -> None:
+    """Delete what a sweep found, in the order that keeps every snapshot whole.
+
+    Args:
+        table: the label table.
+        sweep: from `plan_sweep`.
+        check: called before anything and between the steps; raises where this run may no longer write.
+
+    Raises:
+        LeaseHeld: the table has changed since it was looked through.
+        ConfigError: something may not be deleted.
+    """
+    check()
+    current = table.current()
+    if current is None or current.number != sweep.current:
+        raise LeaseHeld(f"{table.uri!r}: another run committed a snapshot after {sweep.current}; nothing was deleted")
+    for number in sweep.snapshots:  # one after the other: the history never has a hole
+        table.store.delete(table.snapshot_uri(number))
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for uris in (sweep.notes, [info.uri for info in [*sweep.files, *sweep.torn]]):
+            check()
+            list(threads.map(table.store.delete, uris))
+    if not is_s3(table.uri):
+        _remove_empty_folders(join(table.uri, relative(info.uri, folder=table.uri)) for info in sweep.files)
+
+
+def _remove_empty_folders(files: Iterable[str]) -> None:
+    """The folders of a run, and of a model, whose last file is gone."""
+    runs = {os.path.dirname(local_path(uri)) for uri in files}
+    for folder in [*runs, *{os.path.dirname(run) for run in runs}]:
+        try:
+            os.rmdir(folder)
+        except OSError as error:
+            log.debug("folder=%r stays=%s", folder, error.strerror)
