@@ -1,6 +1,6 @@
 """Train and measure one network in several arms and seeds at the same budget, and compare them.
 
-  python -m jobs.ablation --config jobs/configs/ablation-lfwa.toml
+  mgmtn ablation --config jobs/configs/ablation-lfwa.toml
 
 Each arm is `common` with its own settings on top (those of `mgmtn train attributes`); each run has a folder of its own,
 with its training's log and its evaluation. A run that is finished is not made again.
@@ -78,7 +78,7 @@ def run(settings: AblationSettings) -> dict[str, Any]:
     if failures:
         raise RunFailed("; ".join(failures))
     results = {arm: [_metrics(job) for job in runs if job.arm == arm] for arm in settings.arms}
-    text = as_markdown(results, command=f"python -m jobs.ablation --config {settings.config}")
+    text = as_markdown(results, command=f"mgmtn ablation --config {settings.config}")
     (settings.output / TABLE_FILE).write_text(text, encoding="utf-8")
     accuracy = {arm: [found["mean_accuracy"] for found in founds] for arm, founds in results.items()}
     return {"accuracy": accuracy, "output": str(settings.output / TABLE_FILE)}
@@ -150,7 +150,7 @@ def as_markdown(results: Mapping[str, Sequence[Mapping[str, Any]]], *, command: 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(AblationSettings, run, argv, prog="python -m jobs.ablation", description=__doc__ or "")
+    return run_program(AblationSettings, run, argv, prog="mgmtn ablation", description=__doc__ or "")
 
 
 if __name__ == "__main__":

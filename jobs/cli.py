@@ -11,6 +11,7 @@ COMMANDS: Final[dict[str, str]] = {
     "label": "label every face of an image collection: images -> label table",
     "prepare": "make a training table from images and their labels",
     "train": "train the mask network or the attribute network",
+    "ablation": "train a network in several arms and seeds, and compare them",
     "evaluate": "measure a model on labelled faces",
     "query": "find faces by their attributes in a label table",
     "report": "describe a label table in one HTML page, with samples",

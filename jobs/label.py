@@ -120,6 +120,8 @@ def run(settings: LabelSettings) -> dict[str, Any]:
     lock = held(settings.output, holder=run_id, settings=settings.lease)
     with reported(settings.metrics) as metrics, lock as lease:
         job = prepare_run(settings, checkpoint, run_id=run_id)
+        metrics.plan(job.plan.planned)
+        _tell_snapshot(metrics, job.table, job.current)
         note = note_of(settings, job)
         refusal = _summary(settings, job, NO_WORK, (), seconds=time.monotonic() - started)
         pass_gate(check_inventory(job.plan, settings.gate), refusal, accept=settings.accept)
@@ -129,7 +131,6 @@ def run(settings: LabelSettings) -> dict[str, Any]:
         counts = _text(work.planned(job.plan) | {"adopted": work.adopted.images, "later": sum(work.later.values())})
         log.info("event=planned run_id=%s model_id=%s %s", job.id, job.checkpoint.card.model_id, counts)
         metrics.plan(work.planned(job.plan))
-        _tell_snapshot(metrics, job.table, job.current)
         files = (*work.adopted.files, *(label(settings, job, work, metrics) if work.images else ()))
         metrics.count(outcomes_of(files))
         _tell_drift(metrics, job, files)

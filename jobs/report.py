@@ -37,7 +37,7 @@ class ReportSettings(Settings):
     output: str = Field("report.html", description="the page: a local file or an s3:// URI")
     snapshot: PositiveInt | None = Field(None, description="number of the snapshot; unset: the current one")
     samples: NonNegativeInt = Field(12, description="images shown; about 60 KB of the page each")
-    seed: NonNegativeInt = Field(0, description="draws other samples; unit: none")
+    seed: NonNegativeInt = Field(0, description="number behind the random choice of samples; another draws others")
     model: str | None = Field(
         None, description="the model whose masks are shown; unset: the one of the table, if it ships with this package"
     )

@@ -2,7 +2,7 @@
 
 A share of the run (failures, images without a face, faces with an attribute) differs too much from the snapshot's if
 the difference exceeds its limit by more than chance explains: the lower end of the Agresti-Caffo interval for a
-difference of two proportions (The American Statistician 54, 2000), at `sigmas` standard errors. So small runs pass
+difference of two proportions (The American Statistician 54, 2000), at four standard errors. So small runs pass
 unless they are far off, and no limit has to be widened for them.
 """
 

@@ -104,7 +104,7 @@ def declared() -> Exported:
     failed.end(1)
     refused.refuse()
     families = [family for metrics in (run, failed, refused) for family in metrics.collect()]
-    exported = {family.name: set(family.samples[0].labels) for family in families}
+    exported = {family.name: set(sample.labels) for family in families for sample in family.samples}
     for metric in vars(WorkerMetrics()).values():
         name, labels = f"ray_{metric.info['name']}", set(metric.info["tag_keys"])
         exported[name] = labels

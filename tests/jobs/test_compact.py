@@ -6,7 +6,7 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from jobs import compact
+from jobs import compact, vacuum
 from jobs.compact import CompactSettings, main, run
 from jobs.data.lease import LeaseSettings, held
 from jobs.data.snapshots import LabelTable
@@ -85,6 +85,25 @@ def test_a_run_that_commits_without_the_lease_wins_and_nothing_is_overwritten(la
         run(CompactSettings(labels=labels))
     assert LabelTable(labels).current().run_id == "r6"
     assert any("late" in row for row in rows(labels))
+
+
+def test_a_death_before_the_commit_costs_nothing_and_the_next_vacuum_clears_up(labels, monkeypatch):
+    before = rows(labels)
+
+    def die(*arguments, **settings):
+        raise SystemExit(137)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(compact, "commit", die)
+        with pytest.raises(SystemExit):
+            run(CompactSettings(labels=labels))
+    assert rows(labels) == before
+    [left] = Path(labels).glob("model=m1/run=*-compact-*/part-*.parquet")
+    run(CompactSettings(labels=labels))
+    assert rows(labels) == before
+    vacuum.run(vacuum.VacuumSettings(labels=labels, older_than="0s"))
+    assert not left.exists()
+    assert rows(labels) == before
 
 
 def test_no_table_is_a_mistake_and_leaves_nothing_behind(tmp_path, capsys):

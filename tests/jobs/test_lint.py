@@ -231,7 +231,9 @@ def test_a_rule_finds_what_breaks_it(shipped, rule, name, changes):
     kind = name.partition("/")[0]
     ray = {"RayJob", "RayCluster"} if rule in ("disruption", "monitor") else set()
     relevant = [
-        m for m in shipped if m.kind in {kind, *SUPPORT, *ray} or (rule == "monitor" and m.kind == "PodMonitor")
+        m
+        for m in shipped
+        if m.kind in {kind, *SUPPORT, *ray} or (rule in ("monitor", "network") and m.kind == "PodMonitor")
     ]
     found = {(subject.partition("/")[0], found) for subject, found in rules(broken(relevant, name, changes))}
     assert (kind, rule) in found

@@ -1,7 +1,10 @@
+from collections.abc import Sequence
+from types import SimpleNamespace
+
 import pyarrow as pa
 import pytest
 
-from jobs.data.ledger import Ledger, images_of, surviving
+from jobs.data.ledger import DEATHS, Ledger, images_of, surviving
 from jobs.data.schema import Status
 
 
@@ -41,3 +44,74 @@ def test_a_stage_that_survives_keeps_its_name(monkeypatch: pytest.MonkeyPatch):
     survivor = surviving(Stage)
     assert survivor.__name__ == "Stage"
     assert survivor((3,), None).stage.factor == 3
+
+
+class Died(BaseException):
+    """Stands for the end of a process: nothing of the worker is left but what the ledger knows."""
+
+
+class Fragile:
+    """A stage that dies of some images, and by chance as often as it is told."""
+
+    def __init__(self, deadly: str, chance: list[int]) -> None:
+        self.deadly, self.chance = deadly, chance
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        if self.chance and self.chance.pop():
+            raise Died
+        if set(batch["image_id"].to_pylist()) & set(self.deadly):
+            raise Died
+        return self._rows(batch, "ok")
+
+    def give_up(self, batch: pa.Table) -> pa.Table:
+        return self._rows(batch, "crashed")
+
+    def _rows(self, batch: pa.Table, status: str) -> pa.Table:
+        return batch.append_column("status", pa.repeat(status, batch.num_rows).cast(pa.string()))
+
+
+class Handle:
+    """A ledger in this process, spoken to as an actor is."""
+
+    def __init__(self) -> None:
+        ledger = Ledger()
+        for name in ("begin", "end"):
+            setattr(self, name, SimpleNamespace(remote=getattr(ledger, name)))
+
+
+def worked_on(batch: pa.Table, handle: Handle, *, deadly: str = "", chance: Sequence[int] = ()) -> tuple[str, int]:
+    """The images' outcomes, by their first letters, and how many processes it took; each gets the same block again."""
+    deaths, left = 0, list(chance)
+    while True:
+        worker = surviving(Fragile)((deadly, left), handle)
+        try:
+            rows = worker(batch)
+        except Died:
+            deaths += 1
+            continue
+        assert rows["image_id"].equals(batch["image_id"])
+        return "".join(status[0] for status in rows["status"].to_pylist()), deaths
+
+
+@pytest.mark.parametrize(
+    ("deadly", "chance", "outcomes", "deaths"),
+    [
+        ("", (), "oooo", 0),
+        ("", (1,), "oooo", 1),  # the block died once, by chance
+        ("c", (), "oooc", 1 + DEATHS),
+        ("b", (), "ooco", 1 + DEATHS),
+        ("bc", (), "oocc", 1 + 2 * DEATHS),
+        ("abc", (), "cccc", 1 + 3 * DEATHS),
+    ],
+)
+def test_only_the_image_that_kills_its_process_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, deadly: str, chance: Sequence[int], outcomes: str, deaths: int
+):
+    monkeypatch.setattr("jobs.data.ledger.ray.get", lambda answer: answer)
+    batch = pa.table({"image_id": list("aabc"), "uri": list("aabc")})
+    handle = Handle()
+    assert worked_on(batch, handle, deadly=deadly, chance=chance) == (outcomes, deaths)
+    # The same block once more, as when its result was lost with a node: nobody dies for what is known by now.
+    again, more = worked_on(batch, handle, deadly=deadly)
+    assert again == outcomes
+    assert more <= 1
