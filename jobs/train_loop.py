@@ -296,7 +296,9 @@ def save(run: Training, loop: LoopConfig, figures: dict[str, Any], *, rank: int)
         ray.train.report(figures, checkpoint=saved)
     if rank == 0:
         try:
-            write_log(loop.output, epochs=run.progress.epochs, steps=run.progress.steps, drawn=run.progress.seen == 0)
+            is_time = run.progress.seen == 0 and time.monotonic() - run.drawn_at >= DRAWING_SECONDS
+            write_log(loop.output, epochs=run.progress.epochs, steps=run.progress.steps, drawn=is_time)
+            run.drawn_at = time.monotonic() if is_time else run.drawn_at
         except FetchError as error:  # no reason to stop: the next checkpoint's log holds all of it
             log.warning("event=log_not_written reason=%r", str(error))
 

@@ -82,8 +82,8 @@ def _monitoring(
 ) -> Iterator[Finding]:
     """Each port of metrics is scraped, and each scraped port is there and let through."""
     monitors = [m for m in manifests if m.kind == "PodMonitor"]
-    if not monitors:
-        return
+    if not monitors or not pods:
+        return  # a base has none yet
     scraped: set[tuple[int, str]] = set()
     for monitor in monitors:
         chosen = [n for n, pod in enumerate(pods) if _selects(at(monitor.body, "spec", "selector"), pod[2])]
