@@ -36,7 +36,9 @@ class OptimisationSettings(BaseModel):
     freeze_norm: bool = Field(
         False, description="batch norms use the statistics they started with: right for few faces per worker"
     )
-    ema: float = Field(0.998, ge=0, lt=1, description="decay of the averaged weights, the ones that are kept")
+    ema: float = Field(
+        0.98, ge=0, lt=1, description="decay of the averaged weights, the ones that are kept; nearer to 1 in long runs"
+    )
     seed: int = Field(0, ge=0, description="of initial weights, order and augmentation")
 
 
