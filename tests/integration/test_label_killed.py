@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,7 @@ class Corpus:
     def __init__(self, folder: str, model: str) -> None:
         self.photos, self.labels, self.model = f"{folder}/photos/", f"{folder}/labels", model
         self.client = boto3.session.Session().client("s3")
+        self.drivers: list[Driver] = []
 
     def put(self, folder: Path) -> None:
         """Make the prefix hold what a folder holds."""
@@ -157,13 +158,13 @@ class Corpus:
                 self.client.delete_object(Bucket=bucket, Key=entry["Key"])
         for path in folder.iterdir():
             data = path.read_bytes()
-            key = {"Bucket": bucket, "Key": prefix + path.name}
-            self.client.put_object(**key, Body=data)
+            self.client.put_object(Bucket=bucket, Key=prefix + path.name, Body=data)
 
     def start(self, *more: str) -> "Driver":
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
         command = [sys.executable, "-m", "jobs.label", self.photos, "--output", self.labels, "--model", self.model]
-        return Driver([*command, *flags, *more])
+        self.drivers.append(Driver([*command, *flags, *more]))
+        return self.drivers[-1]
 
     @property
     def table(self) -> LabelTable:
@@ -217,8 +218,13 @@ class Driver:
 
 
 @pytest.fixture
-def corpus(s3_folder: str, model: str) -> Corpus:
-    return Corpus(s3_folder, model)
+def corpus(s3_folder: str, model: str) -> Iterator[Corpus]:
+    made = Corpus(s3_folder, model)
+    yield made
+    for driver in made.drivers:
+        if driver.process.poll() is None:  # the test has failed
+            driver.process.kill()
+            driver.end()
 
 
 def summary_of(ended: tuple[int, str, str]) -> dict[str, Any]:

@@ -186,12 +186,13 @@ def test_a_run_on_several_nodes_outlives_the_loss_of_one(pictures: Path, tmp_pat
     with nodes_running(2, tmp_path) as (environment, nodes):
         # The driver, on a node without CPUs, has the model alone; every worker gets it from the object store.
         command = [sys.executable, __file__, str(pictures), str(tmp_path / "labels"), model]
-        driver = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         with once_a_file_is_written(tmp_path / "labels", lambda: lose(nodes[0])) as lost:
-            out, _ = driver.communicate(timeout=500)
+            ended = subprocess.run(
+                command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False
+            )
     assert lost.is_set()
-    assert driver.returncode == 0
-    summary = json.loads(out.splitlines()[-1])
+    assert ended.returncode == 0, ended.stderr
+    summary = json.loads(ended.stdout.splitlines()[-1])
     assert summary["images"] == {"ok": PICTURES}
     found = rows(tmp_path / "labels")
     assert len({row["uri"] for row in found}) == len(found) == PICTURES

@@ -82,7 +82,7 @@ def test_batches_made_ahead_are_the_same(count):
 def test_an_error_of_a_thread_that_makes_batches_is_not_lost():
     torn = make_samples(8)
     torn = torn.__class__(torn.names, torn.faces, torn.masks[:, :-1], torn.labels, torn.found)
-    with pytest.raises(ValueError, match="reshape|broadcast"):
+    with pytest.raises(ValueError, match=r"reshape|broadcast"):
         batches(torn, loaders=1)
 
 
