@@ -303,3 +303,14 @@ def test_every_model_that_ships_loads(name):
     loaded = Checkpoint.load(name)
     assert loaded.card.name == name
     assert not (loaded.network() if loaded.card.kind == "attributes" else loaded.mask_net()).training
+
+
+@pytest.mark.parametrize(
+    ("name", "model_id"),
+    [
+        ("mgmtn-lite0-celeba", "mgmtn-lite0-celeba-870d6e623c66"),
+        ("mgmtn-mobilefacenet-lfwa", "mgmtn-mobilefacenet-lfwa-9f320d647cd5"),
+    ],
+)
+def test_the_id_of_a_model_that_ships_stays_for_else_every_image_would_be_due_again(name, model_id):
+    assert Checkpoint.load(name).card.model_id == model_id
