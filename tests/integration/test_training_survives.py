@@ -114,7 +114,7 @@ def started(data: str, output: Path) -> subprocess.Popen[str]:
 def test_a_run_whose_every_process_is_killed_ends_as_if_it_had_not_been(
     data: str, undisturbed: Path, tmp_path: Path
 ) -> None:
-    step = random.randrange(1, STEPS)
+    step = random.randrange(2, STEPS)
     killed = started(data, tmp_path)
     processes = [psutil.Process(killed.pid)]
     try:
@@ -131,7 +131,8 @@ def test_a_run_whose_every_process_is_killed_ends_as_if_it_had_not_been(
     stdout, stderr = again.communicate(timeout=PATIENCE_SECONDS)
     assert again.returncode == 0, stderr
     epoch, seen = (int(re.findall(rf"event=training .*{name}=(\d+)", stderr)[0]) for name in ("epoch", "seen"))
-    assert 4 * epoch + seen // 16 >= step, "it went on, not anew"
+    # The checkpoint of the very last step may not have been written yet.
+    assert 4 * epoch + seen // 16 >= step - 1, "it went on, not anew"
     assert losses(tmp_path) == losses(undisturbed), f"killed at step {step}"
     assert weights(tmp_path) == weights(undisturbed), f"killed at step {step}"
     assert json.loads(stdout.splitlines()[-1])["epochs"] == 2
