@@ -202,7 +202,7 @@ def test_a_run_on_several_nodes_outlives_the_loss_of_one(pictures: Path, tmp_pat
 def nodes_running(count: int, folder: Path) -> Iterator[tuple[dict[str, str], list[subprocess.Popen[bytes]]]]:
     """`ray start`, a head without CPUs and nodes of two; the environment of a driver, and the nodes."""
     temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: the paths of its sockets are limited
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MGMTN_"))}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_A", "MGMTN_"))}
     environment |= {"RAY_AUTH_MODE": "disabled"}
     address = f"127.0.0.1:{free_port()}"
     ports = ["--dashboard-agent-listen-port={}", "--dashboard-agent-grpc-port={}", "--metrics-export-port={}"]
@@ -218,9 +218,10 @@ def nodes_running(count: int, folder: Path) -> Iterator[tuple[dict[str, str], li
     try:
         head = ["--head", "--num-cpus=0", f"--port={address.rpartition(':')[2]}", "--include-dashboard=false"]
         started.append(start(*head, f"--temp-dir={temporary}"))
-        wait_for(address, started[0])
-        started += [start(f"--address={address}", "--num-cpus=2") for _ in range(count)]
-        wait_for_cpus(2 * count, address, environment)
+        for number in range(1, count + 1):  # one after the other: two that start at once on a machine may collide
+            wait_for_nodes(number, folder / "nodes.log", started[-1])
+            started.append(start(f"--address={address}", "--num-cpus=2"))
+        wait_for_nodes(count + 1, folder / "nodes.log", started[-1])
         yield environment | {"RAY_ADDRESS": address}, started[1:]
     finally:
         for process in reversed(started):
@@ -246,24 +247,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
-    host, _, port = address.partition(":")
-    deadline = time.monotonic() + 120
-    while True:
-        assert process.poll() is None, "ray start ended"
-        assert time.monotonic() < deadline, "the head node does not answer"
-        with socket.socket() as probe:
-            if probe.connect_ex((host, int(port))) == 0:
-                return
+def wait_for_nodes(count: int, output: Path, latest: subprocess.Popen[bytes]) -> None:
+    """Wait until so many nodes have said that they run."""
+    deadline = time.monotonic() + 180
+    while output.read_text(encoding="utf-8").count("Ray runtime started") < count:
+        assert latest.poll() is None, output.read_text(encoding="utf-8")
+        assert time.monotonic() < deadline, output.read_text(encoding="utf-8")
         time.sleep(0.2)
-
-
-def wait_for_cpus(count: int, address: str, environment: dict[str, str]) -> None:
-    code = (
-        f"import ray, time; ray.init({address!r}, log_to_driver=False)\n"
-        f"while ray.cluster_resources().get('CPU', 0) < {count}: time.sleep(0.2)"
-    )
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=180, capture_output=True)
 
 
 class HereOnlySettings(SlowLabelSettings):
