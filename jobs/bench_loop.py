@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from jobs.bench_sides import Result, Side
+from mgmtn.allocator import keep_freed_memory
 from mgmtn.checkpoint import Checkpoint
 from mgmtn.errors import ImageError
 from mgmtn.images import ImageLimits, align_face, centre_transform, decode_image, warp_face
@@ -29,6 +30,7 @@ class PlainLabeller:
 
     def __init__(self, side: Side) -> None:
         torch.set_num_threads(1)
+        keep_freed_memory()
         cv2.setNumThreads(1)
         self.labeller = Labeller(Checkpoint.load(side.model), batch_size=side.batch_size)
         self.detector = side.detector.build()

@@ -32,6 +32,7 @@ from jobs.data.training_table import Description, iterate_samples, unreadable_la
 from jobs.mask_agreement import mask_agreement
 from jobs.settings import Settings, run_program
 from jobs.telemetry import progress_bar
+from mgmtn.allocator import keep_freed_memory
 from mgmtn.attributes import ATTRIBUTES, GROUP_ATTRIBUTES
 from mgmtn.calibration import calibrate
 from mgmtn.checkpoint import CARD_FILE, Checkpoint
@@ -112,6 +113,7 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
         _card_file(settings)
     if checkpoint.card.kind == "masks":
         return run_masks(settings, checkpoint)
+    keep_freed_memory()
     labeller = Labeller(checkpoint, device=settings.device, batch_size=settings.batch_size)
     _check_geometry(settings, checkpoint)
     answers = ask(settings, labeller)

@@ -24,7 +24,7 @@ from mgmtn.network import MGMTN, NetworkSettings
 
 WEIGHTS_FILE, CARD_FILE = "model.safetensors", "card.json"
 MODELS = Path(__file__).parent / "weights"  # the models that ship, a folder each
-DEFAULT_MODEL = "mgmtn-lite0-celeba"
+DEFAULT_MODEL = "mgmtn-mobilefacenet-celeba"
 
 M = TypeVar("M", bound=nn.Module)
 

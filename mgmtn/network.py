@@ -21,6 +21,7 @@ from mgmtn.mask_net import MaskNet, MaskNetSettings
 
 MaskSource = Literal["learned", "landmarks", "ones"]
 Fusion = Literal["concat", "add", "gate", "none"]
+Head = Literal["groups", "plain", "both"]
 
 
 class NetworkSettings(BaseModel):
@@ -36,8 +37,9 @@ class NetworkSettings(BaseModel):
     levels: tuple[int, ...] = Field((3, 4, 5), description="feature levels that masks pool: level i has stride 2^i")
     masks: MaskSource = Field("learned", description="where group masks come from; ones: plain average pooling")
     fusion: Fusion = Field("concat", description="how a group's feature meets the global one (G2FF); none: it does not")
-    head: Literal["groups", "plain"] = Field(
-        "groups", description="a head per facial group; plain: one for all on the global feature, without masks"
+    head: Head = Field(
+        "groups",
+        description="a head per facial group; plain: one for all on the global feature, without masks; both: their sum",
     )
     width: int = Field(128, ge=8, description="channels of each group's fused feature")
     dropout: float = Field(0.2, ge=0, lt=1, description="share of fused features dropped in training")
@@ -183,8 +185,9 @@ class MGMTN(nn.Module):
         self.trunk = Trunk(settings.backbone, settings.levels)
         self.dropout = nn.Dropout(settings.dropout)
         self.mask_net = MaskNet(settings.mask_net) if self.uses_masks and settings.masks == "learned" else None
+        # A group that is the whole face loses by pooling and fusing what a plain head reads directly: both add up.
+        self.head = None if settings.head == "groups" else nn.Linear(self.trunk.last_map_channels, len(ATTRIBUTES))
         if settings.head == "plain":
-            self.head = nn.Linear(self.trunk.last_map_channels, len(ATTRIBUTES))
             return
         self.fuse = GroupGlobalFusion(
             group_channels=sum(self.trunk.channels),
@@ -196,7 +199,8 @@ class MGMTN(nn.Module):
 
     @property
     def uses_masks(self) -> bool:
-        return self.settings.head == "groups" and self.settings.masks != "ones"
+        """Whether masks guide the pooling."""
+        return self.settings.head != "plain" and self.settings.masks != "ones"
 
     def forward(self, images_B3SS: Tensor, masks_BGMM: Tensor | None = None) -> Tensor:
         """Predict attribute logits.
@@ -211,12 +215,15 @@ class MGMTN(nn.Module):
         """
         images_B3SS = images_B3SS.float()
         maps, last_BCHW = self.trunk((images_B3SS - self.settings.pixel_mean) / self.settings.pixel_std)
-        if self.settings.head == "plain":
-            return self.head(self.dropout(last_BCHW.mean(dim=(2, 3))))
+        global_BC = last_BCHW.mean(dim=(2, 3))
+        plain_BA = None if self.head is None else self.head(self.dropout(global_BC))
+        if plain_BA is not None and self.settings.head == "plain":
+            return plain_BA
         masks_BGMM = self.soft_masks(images_B3SS, masks_BGMM)
         pooled = [pool_by_group(features_BCHW, resize_masks(masks_BGMM, features_BCHW)) for features_BCHW in maps]
-        fused_BGD = self.fuse(torch.cat(pooled, dim=2), last_BCHW.mean(dim=(2, 3)))
-        return self.heads(self.dropout(fused_BGD))
+        fused_BGD = self.fuse(torch.cat(pooled, dim=2), global_BC)
+        logits_BA = self.heads(self.dropout(fused_BGD))
+        return logits_BA if plain_BA is None else logits_BA + plain_BA
 
     def train(self, mode: bool = True) -> Self:
         """As of any module, but frozen parts keep the statistics that they were trained with."""

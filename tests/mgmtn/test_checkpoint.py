@@ -309,6 +309,7 @@ def test_every_model_that_ships_loads(name):
     ("name", "model_id"),
     [
         ("mgmtn-lite0-celeba", "mgmtn-lite0-celeba-870d6e623c66"),
+        ("mgmtn-mobilefacenet-celeba", "mgmtn-mobilefacenet-celeba-bc56054b0fe2"),
         ("mgmtn-mobilefacenet-lfwa", "mgmtn-mobilefacenet-lfwa-9f320d647cd5"),
     ],
 )

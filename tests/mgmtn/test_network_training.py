@@ -1,4 +1,4 @@
-"""What of MGMTN learns: frozen parts, and the plain head that masks cannot reach."""
+"""What of MGMTN learns: frozen parts, the plain head that masks cannot reach, and both heads together."""
 
 import pytest
 import torch
@@ -79,3 +79,18 @@ def test_the_plain_head_is_one_linear_layer_on_the_pooled_last_map():
     _, last = module.trunk((images() - 127) / 128)
     expected = last.mean(dim=(2, 3)) @ module.head.weight.T + module.head.bias
     torch.testing.assert_close(module(images()), expected)
+
+
+def test_both_heads_add_up_and_each_learns():
+    torch.manual_seed(0)
+    module = MGMTN(TINY.model_copy(update={"head": "both"})).eval()
+    groups = MGMTN(TINY).eval()
+    groups.load_state_dict({name: value for name, value in module.state_dict().items() if not name.startswith("head.")})
+    plain = MGMTN(TINY.model_copy(update={"head": "plain"})).eval()
+    own = plain.state_dict()
+    plain.load_state_dict({name: value for name, value in module.state_dict().items() if name in own})
+    torch.testing.assert_close(module(images(), masks()), groups(images(), masks()) + plain(images()))
+    module.train()(images(), masks()).square().sum().backward()
+    without = [name for name, parameter in module.named_parameters() if parameter.grad is None]
+    assert not [name for name in without if not name.startswith("trunk.")]
+    assert module.uses_masks
