@@ -29,6 +29,7 @@ from jobs.bench_sides import Result, Side, SideName
 from jobs.data.detection import DetectionSettings
 from jobs.data.inventory import take_inventory
 from jobs.data.object_store import local_path
+from jobs.data.scratch import scratch_folder
 from jobs.data.stages import FaceMode
 from jobs.settings import Settings, run_program
 from mgmtn.checkpoint import DEFAULT_MODEL
@@ -58,8 +59,8 @@ class BenchSettings(DetectionSettings, Settings):
 def run(settings: BenchSettings) -> dict[str, Any]:
     """Measure, print a table, and return the ratios."""
     measured: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="mgmtn-bench-") as folder:
-        files = image_files(settings, folder=Path(folder))
+    with scratch_folder("bench") as folder:
+        files = image_files(settings, folder=folder)
         for mode in settings.faces:
             for repeat in range(settings.repeats):
                 for name in _SIDES if repeat % 2 == 0 else _SIDES[::-1]:  # neither always finds the files in the cache

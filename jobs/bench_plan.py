@@ -22,6 +22,7 @@ from pydantic_core import to_json
 from jobs.bench_machine import machine
 from jobs.bench_plan_side import MODEL, PlanResult, PlanSide
 from jobs.data.plan import PlanLimits
+from jobs.data.scratch import scratch_folder
 from jobs.settings import Settings, run_program
 
 log = logging.getLogger(__name__)
@@ -64,12 +65,12 @@ class PlanBenchSettings(Settings):
 def run(settings: PlanBenchSettings) -> dict[str, Any]:
     """Measure, print a table, and return the ratios."""
     measured: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="mgmtn-bench-", dir=settings.folder) as folder:
-        make_files(settings, folder=Path(folder))
+    with scratch_folder("bench", within=settings.folder) as folder:
+        make_files(settings, folder=folder)
         for order in settings.orders:
             for repeat in range(settings.repeats):
                 for name in _SIDES if repeat % 2 == 0 else _SIDES[::-1]:
-                    result = measure(settings, name=name, order=order, folder=Path(folder))
+                    result = measure(settings, name=name, order=order, folder=folder)
                     measured.append({"order": order, "repeat": repeat, "side": name} | result.model_dump())
                     log.info("measured %s", " ".join(f"{key}={value}" for key, value in measured[-1].items()))
     check(measured)

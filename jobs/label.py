@@ -2,26 +2,28 @@
 
   mgmtn label PHOTOS --output LABELS
 
-Only what is due is labelled: images that are new or changed, or that the model has not seen, or that failed for a
-passing reason. The run's files become part of the table in one step at its end, or not at all. The same command after
-a run that died takes up the files which that one had finished (`deploy/crashes.md`).
+The inputs of one command are the whole corpus of the table: what is in none of them leaves it (`--deletions`). Only
+what is due is labelled: images that are new or changed, or that the model has not seen, or that failed for a passing
+reason. The run's files become part of the table in one step at its end, or not at all. The same command after a run
+that died takes up the files which that one had finished (`deploy/crashes.md`).
 
 A new model labels every image again, in files of its own, and the commit that puts them in place of the old ones is
 the switch. Until then the table is the old model's as a whole: a run that leaves some of a new model's images for later
-(`--limit`) publishes nothing, keeps its files, and the same command goes on with the rest. Meanwhile nights with the
-old model can be run and published as before. After the switch the old labels are in the snapshots before it
+(`--limit`) publishes none of its labels, keeps its files, and the same command goes on with the rest. Images that are
+gone leave the table all the same, in a snapshot of the old model's rows. Meanwhile nights with the old model can be
+run and published as before. After the switch the old labels are in the snapshots before it
 (`--snapshot` of the commands that read), until these are vacuumed.
 """
 
 import logging
 import secrets
-import shutil
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from itertools import chain
 from typing import Any, Literal
 
 import pyarrow.compute as pc
@@ -43,7 +45,7 @@ from jobs.data.pipeline import label_flow
 from jobs.data.plan import PlanLimits, known_columns, make_plan
 from jobs.data.prevalence import prevalence
 from jobs.data.resume import RunNote, announce, conclude, refuse
-from jobs.data.run import NO_WORK, Run, Work, commit, divide, outcomes_of
+from jobs.data.run import NO_WORK, Run, Work, divide, outcomes_of, publish
 from jobs.data.schema import FAILED
 from jobs.data.sink import ROWS_PER_FILE, LabelSink
 from jobs.data.snapshots import LabelTable, Pace, Snapshot
@@ -65,7 +67,9 @@ class LabelSettings(DetectionSettings, Settings):
     """Settings of `mgmtn label`."""
 
     inputs: CliPositionalArg[tuple[str, ...]] = Field(
-        description="folders, S3 prefixes, images, or lists (.parquet, .csv or .txt with uri)"
+        description="folders, S3 prefixes, images, or lists (.parquet, .csv or .txt with uri); all of one command are "
+        "the whole corpus of the table: an image of the table that is in none of them is taken for deleted and leaves "
+        "it, unless --deletions keep. Two folders of one table belong in one command"
     )
     output: str = Field(description="the label table: a folder or an s3:// prefix")
     model: str = Field(DEFAULT_MODEL, description="a model that ships, or a checkpoint's folder, local or s3://")
@@ -75,11 +79,17 @@ class LabelSettings(DetectionSettings, Settings):
     )
     all_files: bool = Field(False, description="take every file of a folder, not only those with an image's suffix")
     limit: int = Field(0, ge=0, description="images labelled in this run at most; 0: all that are due")
-    deletions: Literal["drop", "keep"] = Field("drop", description="what becomes of rows whose image is gone")
+    deletions: Literal["drop", "keep"] = Field(
+        "drop", description="what becomes of rows whose image is gone, that is, in none of the inputs"
+    )
     relabel: bool = Field(False, description="label every image again")
     dry_run: bool = Field(False, description="say what is due, and why, and stop")
     max_failed_fraction: float = Field(
-        0.5, ge=0, le=1, description="share of this run's images that may fail (unreadable, damaged, no image at all)"
+        0.5,
+        ge=0,
+        le=1,
+        description="share of this run's images that may fail (unreadable, damaged, no image at all); as many failures "
+        "as images are tried again do not count. A night of one new picture, which is damaged, exceeds any below 1",
     )
     face_workers: PositiveInt | None = Field(
         None, description="processes that read images and find faces; unset: one for each CPU"
@@ -89,6 +99,14 @@ class LabelSettings(DetectionSettings, Settings):
     )
     batch_size: PositiveInt = Field(64, description="faces in one forward pass; bounds GPU memory")
     images_per_block: PositiveInt = Field(32, description="images that a worker takes at a time")
+    # S3's client gives a request up after 325 s: 8 attempts of 5 s to connect and 30 s to read, and 45 s between them.
+    task_timeout: float = Field(
+        360,
+        ge=0,
+        description="seconds for a step of a worker: to have another image read, to find the faces of up to 16 images, "
+        "to run the model on a batch. A worker that takes longer is ended and its images are tried one by one; one "
+        "that hangs alone, twice, becomes `crashed`. Above the 325 s that S3's retries may take; 0: no limit",
+    )
     rows_per_file: PositiveInt = Field(
         ROWS_PER_FILE,
         description="rows gathered for a file, the last has fewer; what a run that dies has gathered is lost",
@@ -127,7 +145,15 @@ def run(settings: LabelSettings) -> dict[str, Any]:
         pass_gate(check_inventory(job.plan, settings.gate), refusal, accept=settings.accept)
         if job.plan.images:
             announce(job.table, note)
-        work = divide(job, note, limit=settings.limit, resume=settings.resume, accept_failures=settings.accept)
+        work = divide(
+            job,
+            note,
+            limit=settings.limit,
+            resume=settings.resume,
+            accept_failures=settings.accept,
+            discard=settings.deletions == "drop",
+            limits=settings.plan,
+        )
         counts = _text(work.planned(job.plan) | {"adopted": work.adopted.images, "later": sum(work.later.values())})
         log.info("event=planned run_id=%s model_id=%s %s", job.id, job.checkpoint.card.model_id, counts)
         metrics.plan(work.planned(job.plan))
@@ -136,15 +162,13 @@ def run(settings: LabelSettings) -> dict[str, Any]:
         _tell_drift(metrics, job, files)
         summary = _summary(settings, job, work, files, seconds=time.monotonic() - started)
         judge(settings, job, work, files, summary)
-        if work.incomplete_model:
-            log.warning("event=staged run_id=%s later=%d", job.id, sum(work.later.values()))
-            return summary
-        if files or len(job.plan.dropped):
-            pace = Pace(images=work.images, seconds=time.monotonic() - started) if work.images else None
-            snapshot = commit(job, files, planned=work.planned(job.plan), pace=pace, confirm=lease.confirm)
+        pace = Pace(images=work.images, seconds=time.monotonic() - started) if work.images else None
+        snapshot = publish(job, work, files, pace=pace, limits=settings.plan, confirm=lease.confirm)
+        if snapshot is not None:
             _tell_snapshot(metrics, job.table, snapshot)
             summary["snapshot"] = snapshot.number
-        conclude(job.table, [job.id, *work.adopted.runs])
+        if not work.incomplete_model:
+            conclude(job.table, [job.id, *work.adopted.runs])
         return summary
 
 
@@ -168,8 +192,7 @@ def prepare_run(settings: LabelSettings, checkpoint: Checkpoint, *, run_id: str 
     """Read the table and the inventory, and plan."""
     table = LabelTable(settings.output)
     current = table.current()
-    folder = settings.plan.new_folder("mgmtn-inventory-")
-    try:
+    with settings.plan.scratch("inventory") as folder:
         inventory = write_inventory(settings.inputs, folder / "inventory", all_files=settings.all_files)
         digest = inventory_digest(inventory)
         plan = make_plan(
@@ -181,8 +204,6 @@ def prepare_run(settings: LabelSettings, checkpoint: Checkpoint, *, run_id: str 
             known=sum(current.images.values()) if current else 0,
             limits=settings.plan,
         )
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return Run(run_id or new_run_id(), table, current, checkpoint, digest, plan)
 
 
@@ -228,8 +249,8 @@ def label(settings: LabelSettings, job: Run, work: Work, metrics: RunMetrics) ->
     face_work = face_work_of(settings, job)
     on_this_machine(face_work.detector).build()  # missing weights show here, once, and not in every worker
     files: list[FileFacts] = []
-    # Ray's own handler of SIGTERM would end the process before the lease is given back.
-    with joined(settings.cluster), ending_on_sigterm():
+    # Ray's own handler of SIGTERM would end the process before the lease is given back, and outlives Ray.
+    with ending_on_sigterm(), joined(settings.cluster), ending_on_sigterm():
         pools = share(
             **{name.lower() + "s": value for name, value in totals().items()},
             face_workers=settings.face_workers,
@@ -252,6 +273,7 @@ def label(settings: LabelSettings, job: Run, work: Work, metrics: RunMetrics) ->
                     pools=_no_more_than_blocks(pools, due.num_rows, settings.images_per_block),
                     batch_size=settings.batch_size,
                     images_per_block=settings.images_per_block,
+                    task_timeout=settings.task_timeout,
                     progress=ledger,
                     ledger=ledger,
                 ).write_datasink(sink, ray_remote_args={"num_cpus": 0})
@@ -288,9 +310,9 @@ def judge(settings: LabelSettings, job: Run, work: Work, files: Sequence[FileFac
         GateRefused: the run is too far from the table.
     """
     try:
-        check_budget(outcomes_of(files), settings.max_failed_fraction, summary)
+        retried = work.planned(job.plan)["retry"]
+        check_budget(outcomes_of(files), settings.max_failed_fraction, summary, retried=retried)
         if not work.incomplete_model:  # part of a model's work is compared when it is whole
-            retried = job.plan.planned["retry"]
             findings = check_run(job.table, files, job.current, retried=retried, settings=settings.gate)
             pass_gate(findings, summary, accept=settings.accept)
     except (ErrorBudgetExceeded, GateRefused) as error:
@@ -315,17 +337,28 @@ def pass_gate(findings: Sequence[Finding], summary: dict[str, Any], *, accept: b
         )
 
 
-def check_budget(outcomes: Counter[str], max_failed_fraction: float, summary: dict[str, Any]) -> None:
+def check_budget(
+    outcomes: Counter[str], max_failed_fraction: float, summary: dict[str, Any], *, retried: int = 0
+) -> None:
     """Refuse to publish a run in which more images failed than allowed.
+
+    Args:
+        outcomes: the run's images by status.
+        max_failed_fraction: what is allowed.
+        summary: goes with the refusal.
+        retried: how many of the run's images have failed before: of these it is no surprise, and they do not count.
 
     Raises:
         ErrorBudgetExceeded: naming the share, the limit and the outcomes.
     """
     failed = sum(outcomes[status] for status in FAILED)
-    if outcomes.total() and failed / outcomes.total() > max_failed_fraction:
+    expected = min(failed, retried)
+    images, failed = outcomes.total() - expected, failed - expected
+    if images and failed / images > max_failed_fraction:
+        besides = f", besides {expected} that had failed before" if expected else ""
         raise ErrorBudgetExceeded(
-            f"{failed} of {outcomes.total()} images failed ({failed / outcomes.total():.1%}), more than "
-            f"--max-failed-fraction {max_failed_fraction:g} allows; nothing was published. {_text(dict(outcomes))}",
+            f"{failed} of {images} images failed ({failed / images:.1%}){besides}, more than --max-failed-fraction "
+            f"{max_failed_fraction:g} allows; nothing was published. {_text(dict(outcomes))}",
             summary=summary,
         )
 
@@ -365,18 +398,20 @@ def _summary(
 def _dry_summary(settings: LabelSettings, job: Run) -> dict[str, Any]:
     work = divide(job, note_of(settings, job), limit=settings.limit, resume=False)
     first = next(work.tables, None)
+    due = chain([first], work.tables) if first is not None else ()
+    examples = first.select(["uri", "reason"]).slice(0, EXAMPLES).to_pylist() if first is not None else []
     return {
         "run_id": None,
         "snapshot": job.parent,
         "model_id": job.checkpoint.card.model_id,
         "planned": work.planned(job.plan),
         "kept": job.plan.kept + sum(count for reason, count in work.later.items() if reason != "new"),
-        "bytes": (pc.sum(first["size"]).as_py() or 0) if work.later and first is not None else job.plan.bytes,
+        "bytes": sum(pc.sum(rows["size"]).as_py() or 0 for rows in due) if work.later else job.plan.bytes,
         "expected_seconds": expected_seconds(
             job.table, job.current, images=work.images, model_id=job.checkpoint.card.model_id
         ),
         "refused": [asdict(finding) for finding in check_inventory(job.plan, settings.gate)],
-        "examples": first.select(["uri", "reason"]).slice(0, EXAMPLES).to_pylist() if first is not None else [],
+        "examples": examples,
         "output": job.table.uri,
     }
 

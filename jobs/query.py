@@ -58,7 +58,9 @@ class QuerySettings(Settings):
     format: Literal["table", "csv", "json", "parquet"] = Field("table", description="json: one object a line")
     output: Path | None = Field(None, description="file for csv, json or parquet in place of stdout")
     sheet: Path | None = Field(
-        None, description=f"also draw the faces found on a contact sheet, .png, .jpg or .webp; {SHEET_LIMIT} at most"
+        None,
+        description=f"also draw the faces found on a contact sheet, .png, .jpg or .webp; {SHEET_LIMIT} at most. The "
+        "captions give the attributes of --columns, or else those of the expression",
     )
     sql: str | None = Field(None, description="a SELECT over the view `faces` in place of an expression")
     snapshot: int | None = Field(None, ge=1, description="number of an earlier snapshot; unset: the current one")
@@ -127,11 +129,11 @@ def _queries(connection: DuckDBPyConnection, settings: QuerySettings) -> tuple[s
         if missing:
             raise ConfigError(f"--sheet needs the columns {', '.join(missing)} in the result of --sql")
         columns = _chosen(settings.columns, there=there, otherwise=there)
-        return f"SELECT {_names(columns)} FROM ({query})", query, query, tuple(n for n in there if n in ATTRIBUTES)
+        return f"SELECT {_names(columns)} FROM ({query})", query, query, _attributes(columns, otherwise=())
     there = list(columns_of(connection, f"FROM {VIEW}"))
     condition = translate(settings.expression, columns=there)
-    attributes = tuple(name for name in condition.columns if name in ATTRIBUTES)
     columns = _chosen(settings.columns, there=there, otherwise=_default_columns(condition))
+    attributes = _attributes(columns, otherwise=condition.columns)
     return (
         select_faces(connection, condition, columns=columns),
         select_faces(connection, condition, columns=(*_SHEET_COLUMNS, *attributes)),
@@ -156,6 +158,12 @@ def _chosen(wanted: Sequence[str], *, there: Sequence[str], otherwise: Sequence[
         return tuple(dict.fromkeys(known_column(name.strip(), columns=there) for name in wanted))
     except ConfigError as error:
         raise ConfigError(f"--columns: {error}") from error
+
+
+def _attributes(columns: Sequence[str], *, otherwise: Sequence[str]) -> tuple[str, ...]:
+    """The attributes among columns; among others where there is none, or where all columns were asked for."""
+    named = tuple(name for name in columns if name in ATTRIBUTES)
+    return named if 0 < len(named) < len(ATTRIBUTES) else tuple(name for name in otherwise if name in ATTRIBUTES)
 
 
 def _limit(settings: QuerySettings) -> int:

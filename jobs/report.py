@@ -7,10 +7,8 @@ may not see the images may not see the report.
 
 import logging
 import sys
-import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 from pydantic_settings import CliPositionalArg
@@ -19,6 +17,7 @@ from jobs.data.face_samples import SampleMaker, draw_rows
 from jobs.data.models import resolve_model
 from jobs.data.object_store import canonical_uri, open_store
 from jobs.data.prevalence import LabelCounts, label_counts
+from jobs.data.scratch import scratch_folder
 from jobs.data.snapshots import LabelTable, Snapshot
 from jobs.data.table_statistics import STATISTICS_COLUMNS, measure
 from jobs.report_page import render
@@ -74,8 +73,8 @@ def run(settings: ReportSettings) -> None:
         made_at=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     )
     output = canonical_uri(settings.output)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "report.html")
+    with scratch_folder("report") as folder:
+        path = folder / "report.html"
         path.write_text(page, encoding="utf-8")
         open_store(output).put_file(path, output)
     log.info("event=reported snapshot=%d bytes=%d", snapshot.number, len(page))

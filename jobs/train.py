@@ -10,7 +10,6 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from pydantic import Field
 
 from jobs.data.models import resolve_model
 from jobs.data.object_store import canonical_uri, join, open_store
+from jobs.data.scratch import scratch_folder
 from jobs.data.training_table import Description
 from jobs.settings import run_program
 from jobs.train_state import Best, Progress
@@ -31,7 +31,7 @@ from mgmtn.checkpoint import CARD_FILE, Card, Checkpoint
 from mgmtn.errors import ConfigError
 from mgmtn.losses import AttributeLoss, positive_weights
 from mgmtn.mask_net import MaskNet, MaskNetSettings
-from mgmtn.network import MGMTN, NetworkSettings
+from mgmtn.network import MGMTN, Fusion, Head, NetworkSettings
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +45,21 @@ class TrainMasksSettings(TrainSettings):
     network: MaskNetSettings = Field(default_factory=MaskNetSettings)
 
 
+class NewNetworkSettings(NetworkSettings):
+    """MGMTN's architecture for a new training: defaults that may follow what is measured.
+
+    Those of `NetworkSettings` are part of what every card says without saying it, and never change.
+    """
+
+    head: Head = Field("both", description=NetworkSettings.model_fields["head"].description)
+    fusion: Fusion = Field("gate", description=NetworkSettings.model_fields["fusion"].description)
+
+
 class TrainAttributesSettings(TrainSettings):
     """Settings of `mgmtn train attributes`."""
 
     name: str = Field("mgmtn", description="first part of the model's id")
-    network: NetworkSettings = Field(default_factory=NetworkSettings)
+    network: NewNetworkSettings = Field(default_factory=NewNetworkSettings)
     mask_model: Place | None = Field(None, description="AML's checkpoint, for learned masks")
     pretrained: bool = Field(True, description="start the trunk from ImageNet weights")
     trunk_weights: Place | None = Field(
@@ -84,8 +94,8 @@ def run_attributes(settings: TrainAttributesSettings) -> dict[str, Any]:
     if geometry.image_size != settings.network.image_size:
         size = settings.network.image_size
         raise ConfigError(f"network.image_size: {size}, but {settings.data[0]} was prepared for {geometry.image_size}")
-    mask_checkpoint, network = None, settings.network
-    if network.masks == "learned" and network.head == "groups":
+    mask_checkpoint, network = None, NetworkSettings(**settings.network.model_dump())
+    if network.masks == "learned" and network.head != "plain":
         if settings.mask_model is None:
             raise ConfigError("mask_model: learned masks need AML's checkpoint (mgmtn train masks makes one)")
         mask_checkpoint = resolve_model(settings.mask_model)
@@ -171,7 +181,7 @@ def _figures(progress: Progress, best: Best) -> dict[str, float]:
 
 def _finish(settings: TrainSettings, checkpoint: Checkpoint, progress: Progress, best: Best) -> dict[str, Any]:
     folder = join(canonical_uri(settings.output), "checkpoint")
-    with TemporaryDirectory() as temporary:
+    with scratch_folder("model") as temporary:
         # The card last: a folder with a card is whole.
         for path in sorted(checkpoint.save(temporary).iterdir(), key=lambda path: path.name == CARD_FILE):
             open_store(folder).put_file(path, join(folder, path.name))

@@ -9,8 +9,6 @@ workers' threads together must not be more than its cores.
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import numpy as np
@@ -18,6 +16,7 @@ from pydantic import Field, PositiveInt, field_validator
 
 from jobs.cluster import ClusterSettings, joined
 from jobs.data.made_faces import write_made_table
+from jobs.data.scratch import scratch_folder
 from jobs.optimisation import OptimisationSettings
 from jobs.settings import Settings, run_program
 from jobs.train_state import Progress
@@ -60,9 +59,9 @@ class TrainBenchSettings(Settings):
 def run(settings: TrainBenchSettings) -> dict[str, Any]:
     """Measure, print a table, and return it."""
     runs: list[Progress] = []
-    with TemporaryDirectory(prefix="mgmtn-bench-") as folder, joined(settings.cluster, dashboard=True):
+    with scratch_folder("bench") as folder, joined(settings.cluster, dashboard=True):
         count = round(settings.steps * settings.batch_size / (1 - _VALIDATION) * 1.02) + settings.batch_size // 2
-        data = write_made_table(Path(folder, "data"), count=count, image_size=settings.image_size, margin=8)
+        data = write_made_table(folder / "data", count=count, image_size=settings.image_size, margin=8)
         for workers in settings.workers:
             runs.append(_trained(settings, str(data), output=f"{folder}/{workers}", workers=workers))
             log.info("event=measured workers=%d images_per_second=%.1f", workers, _last(runs[-1])["images_per_second"])

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Final, Protocol, TypeVar, cast
 
 import numpy as np
@@ -24,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from jobs.data.augmentation import AugmentSettings
 from jobs.data.batches import Batch, plain_batches, step_seed, training_batches
+from jobs.data.scratch import scratch_folder
 from jobs.data.training_table import Samples
 from jobs.optimisation import (
     OptimisationSettings,
@@ -37,6 +37,7 @@ from jobs.optimisation import (
 from jobs.stopwatch import AllReduceClock, Stopwatch
 from jobs.train_state import Progress, load_tensors, save_tensors
 from jobs.training_log import TIME_PARTS, write_log
+from mgmtn.allocator import keep_freed_memory
 from mgmtn.errors import CheckpointError, ConfigError, FetchError, MgmtnError
 
 log = logging.getLogger(__name__)
@@ -123,6 +124,7 @@ def _train(loop: LoopConfig) -> None:
     if on_gpu := device.type == "cuda":
         torch.cuda.set_device(device)
     torch.set_num_threads(loop.threads)
+    keep_freed_memory()
     in_bf16 = opt.precision == "bf16" or (opt.precision == "auto" and on_gpu)
     loaders = loop.loaders if loop.loaders is not None else 4 if on_gpu else 0
 
@@ -287,11 +289,11 @@ def set_up(loop: LoopConfig, device: torch.device) -> Training:
 
 def save(run: Training, loop: LoopConfig, figures: dict[str, Any], *, rank: int) -> None:
     """Write a checkpoint, and the log beside it; every worker must call it."""
-    with TemporaryDirectory() as folder:
+    with scratch_folder("checkpoint") as folder:
         saved = None
         if rank == 0:
-            save_tensors(Path(folder), module=run.module, average=run.average, optimizer=run.optimizer)
-            run.progress.save(Path(folder))
+            save_tensors(folder, module=run.module, average=run.average, optimizer=run.optimizer)
+            run.progress.save(folder)
             saved = ray.train.Checkpoint.from_directory(folder)
         ray.train.report(figures, checkpoint=saved)
     if rank == 0:

@@ -7,7 +7,6 @@ none of them twice.
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Final
 
 import tensorboardX
@@ -15,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jobs.data.object_store import join, open_store
+from jobs.data.scratch import scratch_folder
 
 Row = Mapping[str, float]
 
@@ -34,14 +34,14 @@ def write_log(folder: str, *, epochs: Sequence[Row], steps: Sequence[Row], drawn
     Raises:
         FetchError: the store does not take them.
     """
-    with TemporaryDirectory() as temporary:
+    with scratch_folder("log") as temporary:
         for name, rows in ((EPOCHS_FILE, epochs), (STEPS_FILE, steps)):
             if rows:
-                write_csv(Path(temporary, name), rows)
+                write_csv(temporary / name, rows)
         if drawn and (epochs or steps):
-            write_plot(Path(temporary, PLOT_FILE), epochs=epochs, steps=steps)
-            write_events(Path(temporary, EVENTS_FILE), epochs=epochs, steps=steps)
-        for path in sorted(Path(temporary).rglob("*")):
+            write_plot(temporary / PLOT_FILE, epochs=epochs, steps=steps)
+            write_events(temporary / EVENTS_FILE, epochs=epochs, steps=steps)
+        for path in sorted(temporary.rglob("*")):
             if path.is_file():
                 uri = join(folder, path.relative_to(temporary).as_posix())
                 open_store(uri).put_file(path, uri)
@@ -57,13 +57,13 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 def write_events(path: Path, *, epochs: Sequence[Row], steps: Sequence[Row]) -> None:
     """TensorBoard's event file: each column a curve, over the steps or the epochs."""
-    with TemporaryDirectory() as temporary:
-        with tensorboardX.SummaryWriter(temporary) as writer:
+    with scratch_folder("log") as temporary:
+        with tensorboardX.SummaryWriter(str(temporary)) as writer:
             for kind, rows, axis in (("step", steps, "step"), ("epoch", epochs, "epoch")):
                 for row in rows:
                     for name in row.keys() - {"step", "epoch", "time"}:
                         writer.add_scalar(f"{kind}/{name}", row[name], int(row[axis]), walltime=row["time"])
-        (written,) = Path(temporary).iterdir()
+        (written,) = temporary.iterdir()
         path.parent.mkdir(parents=True, exist_ok=True)
         written.rename(path)
 

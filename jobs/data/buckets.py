@@ -22,6 +22,7 @@ MAX_BUCKETS: Final = 16**_DIGITS
 # A smaller row group costs more than its rows; a larger one is held for every bucket at once.
 _ROW_GROUP_ROWS: Final = 16_384
 _BATCH_ROWS: Final = 65_536
+_IDS: Final = pa.schema([("image_id", pa.string())])
 # A bucket may be read from files as they lie if that reads no row much more than once.
 _MAX_READS: Final = 2.0
 
@@ -87,6 +88,80 @@ def stage(batches: Iterable[pa.RecordBatch], *, schema: pa.Schema, folder: Path,
             if parts:
                 write(bucket)
     return Buckets(tuple((file,) if bucket in writers else () for bucket, file in enumerate(files)))
+
+
+class ImageIds:
+    """A set of image_ids, one bucket of them in memory at a time."""
+
+    def __init__(self, files: Sequence[Path | None], *, bounds: Sequence[str]) -> None:
+        """
+        Args:
+            files: for each bucket a Parquet file with the column `image_id`, sorted, each id once; None without any.
+            bounds: of the buckets.
+        """
+        self._files = tuple(files)
+        self._bounds = tuple(bounds)
+        self._last: tuple[int, pa.Array] = (-1, pa.array([], pa.string()))
+
+    @classmethod
+    def of(cls, batches: Iterable[pa.RecordBatch], *, folder: Path, bounds: Sequence[str]) -> "ImageIds":
+        """The image_ids of rows, sorted by way of files in a new folder; they may be there more than once."""
+        staged = stage(batches, schema=_IDS, folder=folder, bounds=bounds)
+        files: list[Path | None] = []
+        for [file] in (of_bucket or (None,) for of_bucket in staged.files):
+            if file is not None:
+                ids = pq.read_table(file)["image_id"].unique().sort()
+                pq.write_table(pa.table({"image_id": ids}), file, compression="lz4", use_dictionary=False)
+            files.append(file)
+        return cls(files, bounds=bounds)
+
+    @classmethod
+    def few(cls, ids: Iterable[str] = ()) -> "ImageIds":
+        """Some image_ids that stay in memory."""
+        chosen = cls((None,), bounds=())
+        chosen._last = (0, pa.array(sorted(set(ids)), pa.string()))
+        return chosen
+
+    def files(self, first: str, last: str) -> tuple[Path, ...]:
+        """The files of the buckets in which ids from the first to the last may lie."""
+        return tuple(file for file in self._files[self._buckets(first, last)] if file is not None)
+
+    def between(self, first: str, last: str) -> Iterator[pa.Array]:
+        """Those from the first to the last, both included, in order: an array for each bucket that has any."""
+        buckets = self._buckets(first, last)
+        for bucket in range(buckets.start, buckets.stop):
+            ids = self._of_bucket(bucket)
+            start = bisect.bisect_left(range(len(ids)), first, key=lambda place: ids[place].as_py())
+            stop = bisect.bisect_right(range(len(ids)), last, key=lambda place: ids[place].as_py())
+            if stop > start:
+                yield ids.slice(start, stop - start)
+
+    def any_between(self, first: str, last: str) -> bool:
+        """Whether there is one from the first to the last."""
+        return next(self.between(first, last), None) is not None
+
+    def hold(self, ids: pa.Array | pa.ChunkedArray) -> pa.Array:
+        """Which of some ids, in any order and at least one, belong to the set: booleans."""
+        ids = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
+        found = pa.repeat(pa.scalar(False), len(ids))
+        ends = pc.min_max(ids).as_py()
+        for part in self.between(ends["min"], ends["max"]):
+            found = pc.or_(found, pc.is_in(ids, value_set=part))
+        return found
+
+    def _buckets(self, first: str, last: str) -> slice:
+        return slice(bisect.bisect_right(self._bounds, first), bisect.bisect_right(self._bounds, last) + 1)
+
+    def _of_bucket(self, bucket: int) -> pa.Array:
+        # Whoever asks does so in order, again and again for the same bucket.
+        if self._last[0] != bucket:
+            file = self._files[bucket]
+            self._last = (bucket, _read_ids(file) if file is not None else pa.array([], pa.string()))
+        return self._last[1]
+
+
+def _read_ids(file: Path) -> pa.Array:
+    return pq.read_table(file, columns=["image_id"])["image_id"].cast(pa.string()).combine_chunks()
 
 
 def buckets_of_files(files: Sequence[Path], *, schema: pa.Schema, folder: Path, bounds: Sequence[str]) -> Buckets:

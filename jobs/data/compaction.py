@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
+from tempfile import gettempdir
 from typing import Final
 
 import pyarrow as pa
@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from jobs.data.object_store import CHUNK, file_sha256, is_s3, join, local_path
 from jobs.data.parts import ROW_GROUP_ROWS, FileFacts, write_sorted
 from jobs.data.schema import SORT_KEYS, TABLE_SCHEMA
+from jobs.data.scratch import scratch_folder
 from jobs.data.snapshots import LabelTable, Snapshot
 from mgmtn.errors import ConfigError, FetchError
 
@@ -82,8 +83,8 @@ def rewrite(table: LabelTable, lot: Lot, *, run_id: str, scratch: Path | None = 
         ConfigError: a file is missing, damaged or not to be written.
     """
     try:
-        with TemporaryDirectory(prefix="mgmtn-compact-", dir=scratch) as folder:
-            written = _rewrite_in(Path(folder), table, lot, run_id=run_id)
+        with scratch_folder("compact", within=scratch) as folder:
+            written = _rewrite_in(folder, table, lot, run_id=run_id)
     except OSError as error:
         raise ConfigError(f"scratch folder {str(scratch or gettempdir())!r}: {error}") from error
     assert sum(facts.rows for facts in written) == lot.rows, "a row was lost or doubled"

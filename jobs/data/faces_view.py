@@ -16,6 +16,7 @@ from rich.table import Table
 
 from jobs.data.expressions import VIEW, Condition
 from jobs.data.schema import TABLE_SCHEMA
+from jobs.data.scratch import scratch_folder
 from mgmtn.errors import ConfigError
 
 FileFormat = Literal["csv", "json", "parquet"]
@@ -137,8 +138,8 @@ def write_rows(
     if file_format == "json":
         query = _for_json(connection, query)
     try:
-        with tempfile.TemporaryDirectory(dir=output.absolute().parent if output else None) as folder:
-            path = Path(folder, "rows")
+        with scratch_folder("query", within=output.absolute().parent if output else None) as folder:
+            path = folder / "rows"
             attempt(connection, f"COPY ({query}) TO {quoted(str(path))} ({_COPY_OPTIONS[file_format]})")
             if output:
                 path.replace(output)

@@ -91,17 +91,19 @@ def held(labels_uri: str, *, holder: str, settings: LeaseSettings) -> Iterator["
     finished = threading.Event()
     interrupts = threading.current_thread() is threading.main_thread()
     renewing = threading.Thread(target=_renew_until, args=(lease, finished, interrupts), daemon=True, name="lease")
-    renewing.start()
     try:
-        with ending_on_sigterm():
-            yield lease
+        with ending_on_sigterm(), _interrupted_if_lost(lease):
+            renewing.start()
+            try:
+                yield lease
+            finally:
+                finished.set()
+                renewing.join()
     except KeyboardInterrupt:
         if lease.lost:
-            raise LeaseHeld(f"{lease.uri!r}: {lease.lost}; nothing was published") from None
+            raise LeaseHeld(f"{lease.uri!r}: {lease.lost}; the run was interrupted") from None
         raise
     finally:
-        finished.set()
-        renewing.join()
         lease.release()
 
 
@@ -116,6 +118,28 @@ def _renew_until(lease: "Lease", finished: threading.Event, interrupts: bool) ->
             return
         except (ConfigError, FetchError) as error:
             log.warning("event=lease_not_renewed error=%s", error)
+
+
+@contextlib.contextmanager
+def _interrupted_if_lost(lease: "Lease") -> Iterator[None]:
+    """Let SIGINT interrupt a run that has lost its lease also where it is ignored, as by a shell's background jobs.
+
+    Not SIGTERM: while Ray starts, its own handler of that aborts the process three seconds later.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        if lease.lost:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextlib.contextmanager

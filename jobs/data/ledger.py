@@ -1,7 +1,8 @@
 """What a run's workers tell one actor: images done, for the driver to show, and work begun that has not ended.
 
 A worker process may die in its work: a decoder's crash, too little memory, a lost node. Ray starts it again and hands
-it the same block, and would do so for ever if an image of the block is what kills it. So a worker says what it begins.
+it the same block, and would do so for ever if an image of the block is what kills it. So a worker says what it begins;
+one that hangs in it ends itself (`jobs.data.watchdog`), which is a death like any other.
 A block that was begun and not ended before is taken image by image; an image that, alone, took `DEATHS` processes with
 it becomes one row with status `crashed`, and everything else of the block is labelled.
 """
@@ -19,6 +20,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.data.schema import FAILED, Status
+from jobs.data.watchdog import ended_if_it_hangs
 from jobs.telemetry import progress_bar
 
 log = logging.getLogger(__name__)
@@ -54,7 +56,8 @@ class Ledger:
 
 def start_ledger() -> Any:
     """The actor of a new ledger, on the driver's node."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    # Hard: softly, Ray may place it on another node, and it would die with that one, its counts with it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Ledger)
     return actor.options(scheduling_strategy=here).remote()
 
@@ -73,14 +76,16 @@ class Survivor:
 
     stage_class: type
 
-    def __init__(self, arguments: tuple[Any, ...], ledger: Any) -> None:
+    def __init__(self, arguments: tuple[Any, ...], ledger: Any, task_timeout: float = 0) -> None:
         """
         Args:
             arguments: of the stage's constructor.
             ledger: of the run.
+            task_timeout: seconds after which a step of its work counts as hanging; 0: no limit. Its start has none.
         """
         self.stage: Stage = self.stage_class(*arguments)
         self.ledger = ledger
+        self.task_timeout = task_timeout
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         if not batch.num_rows:
@@ -92,7 +97,7 @@ class Survivor:
             log.warning("event=worker_died work=%r deaths=%d next=image_by_image", work, deaths)
             result = pa.concat_tables(self._alone(rows) for rows in images_of(batch))
         else:
-            result = self.stage(batch)
+            result = self._watched(batch, work)
         self.ledger.end.remote(work)
         return result
 
@@ -102,9 +107,13 @@ class Survivor:
         if deaths >= DEATHS:
             log.error("event=crashed uri=%r deaths=%d", rows["uri"][0].as_py(), deaths)
             return self.stage.give_up(rows)
-        result = self.stage(rows)
+        result = self._watched(rows, work)
         self.ledger.end.remote(work)
         return result
+
+    def _watched(self, batch: pa.Table, work: str) -> pa.Table:
+        with ended_if_it_hangs(work, seconds=self.task_timeout):
+            return self.stage(batch)
 
 
 def surviving(stage: type) -> type[Survivor]:

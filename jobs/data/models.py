@@ -1,9 +1,7 @@
 """Checkpoints by name, path or URI."""
 
-from pathlib import Path
-from tempfile import TemporaryDirectory
-
 from jobs.data.object_store import is_s3, join, local_copy
+from jobs.data.scratch import scratch_folder
 from mgmtn.checkpoint import CARD_FILE, WEIGHTS_FILE, Checkpoint
 from mgmtn.errors import CheckpointError, ConfigError, FetchError
 
@@ -19,11 +17,11 @@ def resolve_model(model: str) -> Checkpoint:
     """
     if not is_s3(model):
         return Checkpoint.load(model)
-    with TemporaryDirectory() as folder:
+    with scratch_folder("model") as folder:
         for name in (WEIGHTS_FILE, CARD_FILE):
             try:
                 copy = local_copy(join(model, name))
             except (ConfigError, FetchError) as error:
                 raise CheckpointError(f"no checkpoint at {model!r}: {error}") from error
-            (Path(folder) / name).symlink_to(copy)
+            (folder / name).symlink_to(copy)
         return Checkpoint.load(folder)

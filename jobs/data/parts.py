@@ -6,7 +6,6 @@ Free of Ray, so that reading a table's history does not wait for it.
 import hashlib
 import io
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -21,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from jobs.data.object_store import ObjectStore, file_sha256, join
 from jobs.data.prevalence import LabelCounts, count_labels
 from jobs.data.schema import ERROR_LENGTH, REQUIRED, SORT_KEYS, STATUSES, TABLE_SCHEMA
+from jobs.data.scratch import scratch_folder
 from mgmtn.errors import ConfigError, FetchError
 
 ROW_GROUP_ROWS: Final = 122_880
@@ -112,8 +112,8 @@ def write_sorted(
     remaining = iter(tables)
     first = next(remaining)
     seen: list[pa.Table] = []
-    with tempfile.TemporaryDirectory(prefix="mgmtn-part-") as folder:
-        path = Path(folder, "part.parquet")
+    with scratch_folder("part") as folder:
+        path = folder / "part.parquet"
         with _parquet_writer(path, schema, rows_per_group=first.num_rows) as writer:
             for rows in chain([first], remaining):
                 models = rows["model_id"].unique().to_pylist()

@@ -5,12 +5,11 @@ with a limit on its memory, and the plan lies in Parquet files until it is run.
 """
 
 import logging
-import shutil
 import tempfile
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from jobs.data.comparison import DUE, GONE, PLAN_COLUMNS, Rules, Sides, cut_sides, known_columns
 from jobs.data.schema import INVENTORY_SCHEMA
+from jobs.data.scratch import scratch_folder
 from mgmtn.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,11 +49,11 @@ class PlanLimits(BaseModel):
         None, description="local folder for temporary files, about 300 bytes an image; unset: TMPDIR's"
     )
 
-    def new_folder(self, prefix: str) -> Path:
-        """A new folder for temporary files."""
+    def scratch(self, purpose: str) -> AbstractContextManager[Path]:
+        """A new folder for temporary files: see `scratch_folder`."""
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=prefix, dir=self.folder))
+        return scratch_folder(purpose, within=self.folder)
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class Plan:
         due_files: Parquet files of `DUE_SCHEMA`, sorted by image_id from the first to the last: the inventory's
             columns, the attempt number that the run records, why. They are deleted with the plan.
         dropped_files: Parquet files with the image_ids of the images that leave the table.
+        unreadable: the inventory's folders that could not be listed; what they hold is neither due nor gone.
     """
 
     planned: dict[str, int]
@@ -78,6 +79,7 @@ class Plan:
     bytes: int
     due_files: tuple[Path, ...]
     dropped_files: tuple[Path, ...]
+    unreadable: tuple[str, ...] = ()
 
     @property
     def images(self) -> int:
@@ -135,8 +137,7 @@ def make_plan(
 
     limits = limits or PlanLimits()
     with ExitStack() as undo:
-        folder = limits.new_folder("mgmtn-plan-")
-        undo.callback(shutil.rmtree, folder, ignore_errors=True)
+        folder = undo.enter_context(limits.scratch("plan"))
         with (
             tempfile.TemporaryDirectory(dir=folder) as work,
             closing(duckdb.connect(config=_configuration(limits, folder=work))) as connection,
@@ -155,9 +156,8 @@ def make_plan(
             except duckdb.OutOfMemoryException as error:
                 raise ConfigError(f"plan.memory_gb: {limits.memory_gb:g} GB are too few: {error}") from error
             log.info("event=compared buckets=%d seconds=%.2f", len(sides.buckets), time.monotonic() - started)
-        undo.pop_all()
-    weakref.finalize(plan, shutil.rmtree, folder, ignore_errors=True)
-    return plan
+        weakref.finalize(plan, undo.pop_all().close)
+        return plan
 
 
 def _configuration(limits: PlanLimits, *, folder: str) -> dict[str, Any]:
@@ -197,6 +197,7 @@ def _compare(
         bytes=size,
         due_files=tuple(due_files),
         dropped_files=tuple(dropped_files),
+        unreadable=sides.unreadable,
     )
 
 

@@ -9,8 +9,6 @@ import json
 import re
 from collections import Counter
 from importlib.metadata import version
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Final, Self
 
 import pyarrow as pa
@@ -18,6 +16,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jobs.data.object_store import join, open_store, relative
+from jobs.data.scratch import scratch_folder
 from jobs.data.training_table import DESCRIPTION_FILE, TRAINING_SCHEMA, decode_face, write_bytes
 from mgmtn.drawing import contact_sheet, overlay_masks
 from mgmtn.errors import FetchError
@@ -117,8 +116,8 @@ def write_part(rows: pa.Table, number: int, *, folder: str) -> None:
     """Write one file of the table; before the first, a picture of its masks for a person to look at."""
     if number == 0:
         _write_mask_sheet(rows, join(folder, SHEET_FILE))
-    with TemporaryDirectory() as temporary:
-        path = Path(temporary, part_name(number))
+    with scratch_folder("part") as temporary:
+        path = temporary / part_name(number)
         pq.write_table(rows.cast(TRAINING_SCHEMA), path, compression="zstd", row_group_size=512)
         open_store(folder).put_file(path, join(folder, path.name))
 
@@ -130,8 +129,8 @@ def _write_mask_sheet(rows: pa.Table, uri: str) -> None:
     if not chosen:
         return
     tiles = [overlay_masks(decode_face(row["face"]), unpack_masks(row["masks"])) for row in chosen]
-    with TemporaryDirectory() as temporary:
-        path = Path(temporary, SHEET_FILE)
+    with scratch_folder("sheet") as temporary:
+        path = temporary / SHEET_FILE
         contact_sheet(tiles, [row["image"] for row in chosen]).save(path)
         open_store(uri).put_file(path, uri)
 

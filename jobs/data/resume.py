@@ -6,45 +6,61 @@ that is not complete (see `jobs.label`). The next run of the same model and sett
 such a run whose images are still due, in the version and at the attempt that the file's rows have; it does not fetch
 them again. Files are whole or not there (the stores make them in one step) and bear their content's hash as their
 name. An image is taken over only from a file that holds all its faces, so none is ever put together from two runs.
+
+A file that was not taken over as it is holds rows that nobody wants any more, perhaps of pictures that were withdrawn.
+The run that took its other rows says so in `LABELS/_runs/<run_id>.discarded.json`: nobody takes it up again, and
+`mgmtn vacuum` need not wait for its run.
 """
 
-import bisect
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
+from jobs.data.buckets import ImageIds, bucket_bounds, buckets_of_files, stage
 from jobs.data.object_store import join, relative
 from jobs.data.parts import FileFacts, part_directory, read_facts, write_part
+from jobs.data.plan import DUE_SCHEMA, PlanLimits
 from jobs.data.schema import SCHEMA_VERSION, TABLE_SCHEMA, TRANSIENT
-from jobs.data.snapshots import LabelTable, Snapshot
+from jobs.data.snapshots import LabelTable, Snapshot, lots_of
 from mgmtn.errors import ConfigError, FetchError
-
-if TYPE_CHECKING:
-    import duckdb
 
 log = logging.getLogger(__name__)
 
 RUN_DIRECTORY: Final = "_runs"
 _THREADS: Final = 8
+_FILES_AT_ONCE: Final = 64  # that are looked into before their images are put aside
 _KEYS: Final = ("image_id", "etag", "attempts", "status", "face_index", "face_count")
+_DUE: Final = pa.schema([DUE_SCHEMA.field(name) for name in ("image_id", "etag", "attempts", "reason")])
+_FOUND: Final = pa.schema(
+    [*(DUE_SCHEMA.field(name) for name in ("image_id", "etag", "attempts")), ("file", pa.int32())]
+)
 
 _USABLE: Final = """
-CREATE TEMP TABLE usable AS
-SELECT f.file, f.image_id, d.reason
-FROM found f JOIN read_parquet($due) d
-    ON f.image_id = d.image_id AND f.etag IS NOT DISTINCT FROM d.etag AND f.attempts = d.attempts
-QUALIFY row_number() OVER (PARTITION BY f.image_id ORDER BY f.file) = 1
+COPY (
+    SELECT f.image_id, f.file, d.reason
+    FROM ({found}) f JOIN ({due}) d
+        ON f.image_id = d.image_id AND f.etag IS NOT DISTINCT FROM d.etag AND f.attempts = d.attempts
+    QUALIFY row_number() OVER (PARTITION BY f.image_id ORDER BY f.file) = 1
+    ORDER BY f.image_id
+) TO '{usable}' (FORMAT parquet, COMPRESSION lz4)
 """
-_OF_FILE: Final = "SELECT image_id FROM usable WHERE file = $file ORDER BY image_id"
-_REASONS: Final = "SELECT reason, count(*) FROM usable GROUP BY reason ORDER BY reason"
+_COUNTS: Final = "SELECT file, reason, count(*) FROM read_parquet($usable) GROUP BY file, reason ORDER BY file, reason"
+_OF_FILES: Final = """
+SELECT file, image_id FROM read_parquet($usable) WHERE list_contains($files, file) ORDER BY file, image_id
+"""
 
 
 class RunNote(BaseModel):
@@ -75,6 +91,14 @@ class Refusal(BaseModel):
     reason: str
 
 
+class Discarded(BaseModel):
+    """Files of runs before, of which a run has taken what was still due."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    paths: tuple[str, ...] = Field(description="relative to the table")
+
+
 @dataclass(frozen=True)
 class Unfinished:
     """A run without a snapshot of its own."""
@@ -90,13 +114,13 @@ class Adopted:
     Attributes:
         files: finished files, each image of them due and in no other; to be committed with the run's own.
         reasons: the images that they hold, counted by why they are due.
-        ids: image_ids of these, strings, sorted.
+        ids: image_ids of these.
         runs: ids of the runs that were looked through.
     """
 
     files: tuple[FileFacts, ...] = ()
     reasons: dict[str, int] = field(default_factory=dict)
-    ids: pa.Array = field(default_factory=lambda: pa.array([], pa.string()))
+    ids: ImageIds = field(default_factory=ImageIds.few)
     runs: tuple[str, ...] = ()
 
     @property
@@ -107,18 +131,9 @@ class Adopted:
     def remaining(self, due: Iterable[pa.Table]) -> Iterator[pa.Table]:
         """What of due images, in tables sorted by image_id, is still to be done."""
         for rows in due:
-            if not rows.num_rows:
-                continue
-            ids = rows["image_id"]
-            start, stop = (_position(self.ids, ids[end].as_py()) for end in (0, -1))
-            todo = rows.filter(pc.invert(pc.is_in(ids, value_set=self.ids[start : stop + 1])))
+            todo = rows.filter(pc.invert(self.ids.hold(rows["image_id"]))) if rows.num_rows else rows
             if todo.num_rows:
                 yield todo
-
-
-def _position(ids: pa.Array, wanted: str) -> int:
-    """Where an id stands in sorted ids, or would."""
-    return bisect.bisect_left(range(len(ids)), wanted, key=lambda index: ids[index].as_py())
 
 
 def announce(table: LabelTable, note: RunNote) -> None:
@@ -141,6 +156,7 @@ def conclude(table: LabelTable, run_ids: Iterable[str]) -> None:
     """Forget runs whose work is part of a snapshot, or of no use to anybody."""
     for run_id in run_ids:
         table.store.delete(_refusal_uri(table, run_id))
+        table.store.delete(_discarded_uri(table, run_id))
         table.store.delete(_note_uri(table, run_id))
 
 
@@ -155,7 +171,7 @@ def unfinished_runs(table: LabelTable) -> tuple[Unfinished, ...]:
     refused = {uri for uri in uris if uri.endswith(".refused.json")}
     found = []
     for uri in uris:
-        if uri in refused or not uri.endswith(".json"):
+        if uri.endswith((".refused.json", ".discarded.json")) or not uri.endswith(".json"):
             continue
         try:
             note = RunNote.model_validate_json(table.store.get(uri))
@@ -167,6 +183,22 @@ def unfinished_runs(table: LabelTable) -> tuple[Unfinished, ...]:
     return tuple(sorted(found, key=lambda run: (run.note.started_at, run.note.run_id), reverse=True))
 
 
+def discarded_files(table: LabelTable) -> frozenset[str]:
+    """Paths, relative to the table, of files of unfinished runs that nobody takes up any more.
+
+    Raises:
+        ConfigError: a run's list of them cannot be read.
+    """
+    paths: set[str] = set()
+    for info in table.store.list(join(table.uri, RUN_DIRECTORY) + "/", missing_ok=True):
+        if info.uri.endswith(".discarded.json"):
+            try:
+                paths.update(Discarded.model_validate_json(table.store.get(info.uri)).paths)
+            except (FetchError, ValidationError) as error:
+                raise ConfigError(f"{info.uri!r}: cannot be read as a list of files: {error}") from error
+    return frozenset(paths)
+
+
 def adopt(
     table: LabelTable,
     note: RunNote,
@@ -174,47 +206,84 @@ def adopt(
     current: Snapshot | None,
     due: Sequence[Path],
     accept_failures: bool = False,
+    discard: bool = False,
+    limits: PlanLimits | None = None,
 ) -> Adopted:
     """Take over the finished files of unfinished runs that agree with this one.
 
     A file of which only some images are still due is written again with those alone, into this run's folder; one that
-    holds none is left alone. A damaged file is passed over, and its images are done again.
+    holds none is left alone. A damaged file is passed over, and its images are done again. However many images there
+    are, those of a bucket are in memory at a time.
 
     Args:
         table: the label table.
-        note: of this run.
+        note: of this run, which has been announced.
         current: the current snapshot; its files are no longer anybody's to adopt.
         due: Parquet files of the plan's rows.
         accept_failures: take over passing failures (such as a store that did not answer) of refused runs too; else
             such images are tried again, or a run refused for its failures would be refused for ever.
+        discard: let nobody wait for files that were not taken over as they are: what else they hold is not due.
+        limits: memory and temporary files.
 
     Raises:
         ConfigError: the table cannot be read or written.
     """
     runs = [run for run in unfinished_runs(table) if run.note.agrees_with(note) and run.note.run_id != note.run_id]
-    listed = {file.path for file in current.files} if current else set()
     looked_through = tuple(run.note.run_id for run in runs)
-    if not due:
+    if not due or not runs:
         return Adopted(runs=looked_through)
-    files: list[FileFacts] = []
-    found: list[pa.Table] = []
+    limits = limits or PlanLimits()
+    passed_over = discarded_files(table) | {file.path for file in (current.files if current else ())}
+    paths = [
+        (path, accept_failures or run.refusal is None)
+        for run in runs
+        for path in _paths_of(table, run.note)
+        if path not in passed_over
+    ]
+    with ExitStack() as undo:
+        folder = undo.enter_context(limits.scratch("resume"))
+        files: list[FileFacts] = []
+        found = _images_in(table, paths, files)
+        usable, counts = _share_out(found, due=due, folder=folder, images_per_bucket=limits.images_per_bucket)
+        wanted: Counter[int] = Counter()
+        reasons: Counter[str] = Counter()
+        for (number, reason), images in counts.items():
+            wanted[number] += images
+            reasons[reason] += images
+        totals = [sum(file.images.values()) for file in files]
+        whole = [file for number, file in enumerate(files) if wanted[number] == totals[number]]
+        parts = [number for number, total in enumerate(totals) if 0 < wanted[number] < total]
+        adopted = (*whole, *_rewrite(table, note.run_id, {number: files[number] for number in parts}, usable))
+        weakref.finalize(usable, undo.pop_all().close)
+    log.info("event=resumed runs=%d files=%d images=%d", len(runs), len(adopted), reasons.total())
+    stale = sorted({file.path for file in files} - {file.path for file in whole})
+    if discard and stale:
+        record = Discarded(paths=tuple(stale)).model_dump_json(indent=1).encode()
+        table.store.put_if_absent(_discarded_uri(table, note.run_id), record)
+    return Adopted(adopted, dict(sorted(reasons.items())), usable, looked_through)
+
+
+def _images_in(
+    table: LabelTable, paths: Sequence[tuple[str, bool]], files: list[FileFacts]
+) -> Iterator[pa.RecordBatch]:
+    """The images of finished files, rows of `_FOUND`; adds each file's facts to `files`, its number is its place there.
+
+    Args:
+        table: the label table.
+        paths: of the files, and whether passing failures of theirs are of use.
+        files: to be filled.
+    """
     with ThreadPoolExecutor(_THREADS) as threads:
-        for run in runs:
-            paths = [path for path in _paths_of(table, run.note) if path not in listed]
-            keep_failures = run.refusal is None or accept_failures
-            for facts, images in threads.map(lambda path: _look_into(table, path), paths):
-                if facts is not None:
-                    numbered = images.append_column("file", pa.repeat(pa.scalar(len(files), pa.int32()), len(images)))
-                    found.append(numbered if keep_failures else numbered.filter(_lasting(numbered["status"])))
-                    files.append(facts)
-        usable, reasons = _share_out(found, due=due)
-        adopted = tuple(
-            threads.map(lambda chosen: _take(table, note.run_id, files[chosen[0]], chosen[1]), usable.items())
-        )
-    if runs:
-        log.info("event=resumed runs=%d files=%d images=%d", len(runs), len(adopted), sum(reasons.values()))
-    ids = pa.chunked_array(list(usable.values()), pa.string()).combine_chunks()
-    return Adopted(adopted, reasons, ids.sort(), looked_through)
+        for start in range(0, len(paths), _FILES_AT_ONCE):
+            some = paths[start : start + _FILES_AT_ONCE]
+            looks = threads.map(lambda each: _look_into(table, each[0]), some)
+            for (_, keep_failures), (facts, images) in zip(some, looks, strict=True):
+                if facts is None:
+                    continue
+                chosen = images if keep_failures else images.filter(_lasting(images["status"]))
+                number = pa.repeat(pa.scalar(len(files), pa.int32()), len(chosen))
+                files.append(facts)
+                yield from chosen.append_column("file", number).select(_FOUND.names).to_batches()
 
 
 def _look_into(table: LabelTable, path: str) -> tuple[FileFacts | None, pa.Table]:
@@ -239,36 +308,58 @@ def _lasting(status: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.invert(pc.is_in(status, value_set=pa.array(sorted(TRANSIENT))))
 
 
-def _share_out(found: Sequence[pa.Table], *, due: Sequence[Path]) -> tuple[dict[int, pa.Array], dict[str, int]]:
-    """Which images of which file are due, each once, and how many for each reason."""
-    if not found:
-        return {}, {}
+def _share_out(
+    found: Iterable[pa.RecordBatch], *, due: Sequence[Path], folder: Path, images_per_bucket: int
+) -> tuple[ImageIds, Counter[tuple[int, str]]]:
+    """Which images of which file are due, each once; and how many of a file for each reason.
+
+    The images' files in `folder` also say which file is meant, by its number in `file`.
+    """
     # Imported here: kept by this module, it would outlive Ray's threads at exit and fill the terminal with warnings.
     import duckdb
 
-    connection = duckdb.connect()
-    try:
-        connection.register("found", pa.concat_tables(found))
-        connection.execute(_USABLE, {"due": [str(path) for path in due]})
-        numbers = [row[0] for row in connection.execute("SELECT DISTINCT file FROM usable ORDER BY file").fetchall()]
-        usable = {number: _ids(connection, number) for number in numbers}
-        return usable, dict(connection.execute(_REASONS).fetchall())
-    finally:
-        connection.close()
+    bounds = bucket_bounds(sum(pq.read_metadata(path).num_rows for path in due), rows_per_bucket=images_per_bucket)
+    finished = stage(found, schema=_FOUND, folder=folder / "found", bounds=bounds)
+    wanted = buckets_of_files(due, schema=_DUE, folder=folder / "due", bounds=bounds)
+    counts: Counter[tuple[int, str]] = Counter()
+    files: list[Path | None] = []
+    with closing(duckdb.connect()) as connection:
+        for bucket in range(len(bounds) + 1):
+            rows, due_rows = finished.sql(bucket), wanted.sql(bucket)
+            if rows is None or due_rows is None:
+                files.append(None)
+                continue
+            usable = folder / f"usable-{bucket:04d}.parquet"
+            target = str(usable).replace("'", "''")
+            connection.execute(_USABLE.format(found=rows, due=due_rows, usable=target))
+            for file, reason, images in connection.execute(_COUNTS, {"usable": str(usable)}).fetchall():
+                counts[file, reason] += images
+            files.append(usable)
+    shutil.rmtree(folder / "found", ignore_errors=True)
+    return ImageIds(files, bounds=bounds), counts
 
 
-def _ids(connection: "duckdb.DuckDBPyConnection", file: int) -> pa.Array:
-    rows = connection.sql(_OF_FILE, params={"file": file}).to_arrow_table()
-    return rows["image_id"].cast(pa.string()).combine_chunks()
+def _rewrite(table: LabelTable, run_id: str, files: Mapping[int, FileFacts], usable: ImageIds) -> list[FileFacts]:
+    """New files with those images of some files, given by their numbers, that are usable."""
+    import duckdb
+
+    numbers = {file.path: number for number, file in files.items()}
+    written: list[FileFacts] = []
+    with closing(duckdb.connect()) as connection, ThreadPoolExecutor(_THREADS) as threads:
+        for lot in lots_of(sorted(files.values(), key=lambda file: (file.min_image_id, file.path))):
+            there = usable.files(lot[0].min_image_id, max(file.max_image_id for file in lot))
+            parameters = {"usable": list(map(str, there)), "files": [numbers[file.path] for file in lot]}
+            rows = connection.sql(_OF_FILES, params=parameters).to_arrow_table()
+            ids = [rows.filter(pc.equal(rows["file"], numbers[file.path]))["image_id"] for file in lot]
+            written += threads.map(lambda file, chosen: _take(table, run_id, file, chosen), lot, ids)
+    return written
 
 
-def _take(table: LabelTable, run_id: str, file: FileFacts, ids: pa.Array) -> FileFacts:
-    """The file itself if all its images are wanted, else a new one with those that are."""
-    if len(ids) == sum(file.images.values()):
-        return file
+def _take(table: LabelTable, run_id: str, file: FileFacts, ids: pa.ChunkedArray) -> FileFacts:
+    """A new file with some of a file's images."""
     rows = table.read_files([file], columns=TABLE_SCHEMA.names).read_all()
     return write_part(
-        rows.filter(pc.is_in(rows["image_id"], value_set=ids)),
+        rows.filter(pc.is_in(rows["image_id"], value_set=ids.cast(pa.string()).combine_chunks())),
         store=table.store,
         labels_uri=table.uri,
         model_id=file.model_id,
@@ -289,3 +380,7 @@ def _note_uri(table: LabelTable, run_id: str) -> str:
 
 def _refusal_uri(table: LabelTable, run_id: str) -> str:
     return join(table.uri, RUN_DIRECTORY, f"{run_id}.refused.json")
+
+
+def _discarded_uri(table: LabelTable, run_id: str) -> str:
+    return join(table.uri, RUN_DIRECTORY, f"{run_id}.discarded.json")

@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Final
 
 from jobs.data.object_store import ObjectInfo, is_s3, join, local_path, relative
-from jobs.data.resume import RUN_DIRECTORY, Unfinished, unfinished_runs
+from jobs.data.resume import RUN_DIRECTORY, Unfinished, discarded_files, unfinished_runs
 from jobs.data.snapshots import LabelTable, Snapshot
 from jobs.outcomes import LeaseHeld
 from mgmtn.errors import ConfigError
@@ -90,7 +90,7 @@ def plan_sweep(table: LabelTable, retention: Retention) -> Sweep:
 
     A file goes if no snapshot that stays lists it, and a snapshot that goes does, or it was written before the cutoff.
     Files of unfinished runs wait, whatever their age, as long as a run of their model began or wrote something since
-    the cutoff: it may be a model's work of many nights.
+    the cutoff: it may be a model's work of many nights. Those of them that a later run has discarded do not wait.
 
     Raises:
         ConfigError: there is no label table, or it cannot be listed or read.
@@ -104,6 +104,7 @@ def plan_sweep(table: LabelTable, retention: Retention) -> Sweep:
     objects = {relative(info.uri, folder=table.uri): info for info in table.store.list(table.uri + "/", ordered=False)}
     runs = unfinished_runs(table)
     waiting = _waiting_runs(runs, objects, retention)
+    discarded = discarded_files(table)
     sweep = Sweep(
         current=snapshots[-1].number,
         snapshots=[snapshot.number for snapshot in dropped],
@@ -111,7 +112,16 @@ def plan_sweep(table: LabelTable, retention: Retention) -> Sweep:
         kept_files=len(needed),
     )
     for path, info in objects.items():
-        _sort_in(sweep, path, info, needed=needed, released=released, waiting=waiting, retention=retention)
+        _sort_in(
+            sweep,
+            path,
+            info,
+            needed=needed,
+            released=released,
+            waiting=waiting,
+            discarded=discarded,
+            retention=retention,
+        )
     return sweep
 
 
@@ -153,6 +163,7 @@ def _sort_in(
     needed: set[str],
     released: set[str],
     waiting: set[str],
+    discarded: frozenset[str],
     retention: Retention,
 ) -> None:
     """Decide about one object of the table."""
@@ -161,7 +172,7 @@ def _sort_in(
             return
         if path in released:
             sweep.files.append(info)
-        elif part["run"] in waiting:
+        elif part["run"] in waiting and path not in discarded:
             sweep.waiting += 1
         elif retention.is_over(info.modified_at):
             sweep.files.append(info)
@@ -171,7 +182,8 @@ def _sort_in(
         if retention.is_over(info.modified_at):
             sweep.torn.append(info)
     elif _NOTE.fullmatch(path):
-        run_id = path.removeprefix(f"{RUN_DIRECTORY}/").removesuffix(".json").removesuffix(".refused")
+        run_id = path.removeprefix(f"{RUN_DIRECTORY}/").removesuffix(".json")
+        run_id = run_id.removesuffix(".refused").removesuffix(".discarded")
         if run_id not in waiting:
             sweep.notes.append(info.uri)
     elif not path.startswith("_"):

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import logging
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +20,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, ValidationError
 
 from jobs.data.object_store import ObjectInfo, is_s3, join, open_store, parent
+from jobs.data.scratch import scratch_folder
 from mgmtn.errors import ConfigError, FetchError
 
 log = logging.getLogger(__name__)
@@ -78,8 +78,8 @@ def read_report(uri: str) -> Iterator[ObjectInfo]:
 def _fetched(report_uri: str, file: DataFile) -> Iterator[Path]:
     """A data file on this machine, whole."""
     uri = _find(report_uri, file.key)
-    with tempfile.TemporaryDirectory(prefix="mgmtn-report-") as folder:
-        path = Path(folder, file.key.rpartition("/")[2][-100:])
+    with scratch_folder("inventory") as folder:
+        path = folder / file.key.rpartition("/")[2][-100:]
         try:
             with open_store(uri).open(uri) as source, path.open("wb") as target:
                 shutil.copyfileobj(source, target, 64 << 20)

@@ -11,14 +11,14 @@ few files where a night's changes are fewer than the files, all of them where ev
 any is kept as it is.
 """
 
-import bisect
 import hashlib
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from itertools import accumulate
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
+from jobs.data.buckets import ImageIds
 from jobs.data.object_store import canonical_uri, is_s3, join, local_copy, local_path, open_store
 from jobs.data.parts import FileFacts, read_parts, write_part
 from jobs.data.schema import SCHEMA_VERSION, TABLE_SCHEMA
@@ -37,6 +38,7 @@ SNAPSHOT_DIRECTORY: Final = "_snapshots"
 _SNAPSHOT_NAME: Final = re.compile(r"\d{20}\.json")
 _THREADS: Final = 16
 _REWRITES: Final = 4  # files held in memory at once, decoded
+_LOT_ROWS: Final = 1_000_000  # whose image_ids are held at once, 36 bytes each
 _CHUNK: Final = 8 << 20
 
 
@@ -122,6 +124,20 @@ def next_snapshot(
         faces=sum(file.faces for file in listed),
         files=listed,
     )
+
+
+def lots_of(files: Iterable[FileFacts]) -> Iterator[tuple[FileFacts, ...]]:
+    """Files in order, so many at a time that the image_ids of their rows fit in memory; a larger one comes alone."""
+    lot: list[FileFacts] = []
+    rows = 0
+    for file in files:
+        if lot and rows + file.rows > _LOT_ROWS:
+            yield tuple(lot)
+            lot, rows = [], 0
+        lot.append(file)
+        rows += file.rows
+    if lot:
+        yield tuple(lot)
 
 
 class LabelTable:
@@ -222,44 +238,48 @@ class LabelTable:
         log.info("committed=%d files=%d rows=%d", snapshot.number, len(snapshot.files), snapshot.rows)
         return snapshot
 
-    def carry_over(
-        self, snapshot: Snapshot | None, *, drop_ids: Iterable[str] | pa.Array, run_id: str
-    ) -> tuple[FileFacts, ...]:
+    def carry_over(self, snapshot: Snapshot | None, *, drop_ids: ImageIds, run_id: str) -> tuple[FileFacts, ...]:
         """The files that hold a snapshot's rows without those of some images.
 
         A file that holds none of them is kept as it is; the others are rewritten into `run_id`'s folder of the same
-        model, several at once, their rows otherwise unchanged.
+        model, several at once, their rows otherwise unchanged. In memory are the image_ids of a million rows, those of
+        one bucket that are dropped, and the files that are being rewritten.
 
         Args:
             snapshot: the current one; None for no rows at all.
-            drop_ids: image_ids that are superseded or deleted, whatever model labelled them.
+            drop_ids: those that are superseded or deleted, whatever model labelled them.
             run_id: of the run that rewrites.
 
         Raises:
             ConfigError: if a file cannot be read or written.
         """
-        given = drop_ids if isinstance(drop_ids, pa.Array) else pa.array(list(drop_ids), pa.string())
-        dropped = given.unique().sort()
+        remaining: list[FileFacts] = []
+        with ThreadPoolExecutor(_THREADS) as readers, ThreadPoolExecutor(_REWRITES) as writers:
+            for lot in lots_of(snapshot.files if snapshot else ()):
+                touched = [file for file in lot if drop_ids.any_between(file.min_image_id, file.max_image_id)]
+                keep = self._keep(touched, drop_ids, readers)
+                rewritten = writers.map(lambda file, rows: self._only(file, rows, run_id=run_id), touched, keep)
+                instead = dict(zip((file.path for file in touched), rewritten, strict=True))
+                remaining += filter(None, (instead.get(file.path, file) for file in lot))
+        return tuple(remaining)
 
-        def without(file: FileFacts) -> FileFacts | None:
-            start = bisect.bisect_left(range(len(dropped)), file.min_image_id, key=lambda at: dropped[at].as_py())
-            stop = bisect.bisect_right(range(len(dropped)), file.max_image_id, key=lambda at: dropped[at].as_py())
-            return self._without(file, dropped[start:stop], run_id=run_id)
+    def _keep(self, files: Sequence[FileFacts], drop_ids: ImageIds, pool: ThreadPoolExecutor) -> list[pa.Array]:
+        """For each file, which of its rows are not those of dropped images."""
+        ids = list(pool.map(lambda file: self._rows(file, columns=["image_id"])["image_id"].combine_chunks(), files))
+        if not ids:
+            return []
+        keep = pc.invert(drop_ids.hold(pa.chunked_array(ids)))
+        starts = accumulate(map(len, ids), initial=0)
+        return [keep.slice(start, len(part)) for start, part in zip(starts, ids, strict=False)]
 
-        with ThreadPoolExecutor(_REWRITES) as pool:
-            remaining = list(pool.map(without, snapshot.files if snapshot else ()))
-        return tuple(file for file in remaining if file is not None)
-
-    def _without(self, file: FileFacts, dropped: pa.Array, *, run_id: str) -> FileFacts | None:
-        if not len(dropped):
+    def _only(self, file: FileFacts, rows: pa.Array, *, run_id: str) -> FileFacts | None:
+        """The file itself if all its rows are wanted, None if none is, else a new one with those that are."""
+        if pc.all(rows).as_py():
             return file
-        keep = pc.invert(pc.is_in(self._rows(file, columns=["image_id"])["image_id"], value_set=dropped))
-        if pc.all(keep).as_py():
-            return file
-        if not pc.any(keep).as_py():
+        if not pc.any(rows).as_py():
             return None
         return write_part(
-            self._rows(file, columns=TABLE_SCHEMA.names).filter(keep),
+            self._rows(file, columns=TABLE_SCHEMA.names).filter(rows),
             store=self.store,
             labels_uri=self.uri,
             model_id=file.model_id,

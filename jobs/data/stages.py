@@ -20,7 +20,9 @@ import torch
 from jobs.data.detection import on_this_machine
 from jobs.data.object_store import open_store
 from jobs.data.schema import ERROR_LENGTH, TABLE_SCHEMA, Status
+from jobs.data.watchdog import still_working
 from jobs.data.worker_metrics import timed, worker_metrics
+from mgmtn.allocator import keep_freed_memory
 from mgmtn.attributes import ATTRIBUTES, GROUPS
 from mgmtn.checkpoint import Checkpoint
 from mgmtn.errors import ImageError
@@ -53,7 +55,7 @@ FACE_SCHEMA = pa.schema(
 # Without landmarks each group looks at the whole square.
 EVERYWHERE = np.ones((len(GROUPS), MASK_SIZE, MASK_SIZE), bool)
 
-CRASH = "the process that worked on it died, again and again"
+CRASH = "the process that worked on it died, or hung and was ended, again and again"
 
 _FETCH_THREADS = 16
 _DECODED_BYTES = 128 * 2**20  # decoded images held at once by one worker
@@ -85,11 +87,13 @@ def fetch_and_decode(
     held = 0
     with ThreadPoolExecutor(_FETCH_THREADS) as threads:
         for row, data in zip(rows, threads.map(fetch, rows), strict=True):
+            still_working()  # a store that is slow, image after image, is no hang
             image = _decode(data, limits)
             held += image.nbytes if isinstance(image, np.ndarray) else 0
             group.append((row, image))
             if held > _DECODED_BYTES or len(group) >= _DECODED_IMAGES:
                 yield group
+                still_working()
                 group, held = [], 0
     if group:
         yield group
@@ -217,6 +221,7 @@ class PredictAttributes:
     def __init__(self, checkpoint: "ray.ObjectRef[Checkpoint]", batch_size: int, progress: Any = None) -> None:
         worker_metrics()
         torch.set_num_threads(1)  # without a GPU there is a model worker for every CPU
+        keep_freed_memory()
         self.labeller = Labeller(ray.get(checkpoint), batch_size=batch_size)
         self.progress = progress
 

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Self
 
 import cv2
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from jobs.data.datasets import UNKNOWN
 from jobs.data.object_store import canonical_uri, join, local_copy, open_store, parent
+from jobs.data.scratch import scratch_folder
 from mgmtn.attributes import ATTRIBUTES
 from mgmtn.errors import ConfigError, FetchError
 from mgmtn.masks import unpack_masks
@@ -79,8 +79,8 @@ class Description(BaseModel):
 
 def write_bytes(uri: str, content: bytes) -> None:
     """Create or replace an object in one step."""
-    with TemporaryDirectory() as temporary:
-        path = Path(temporary, "content")
+    with scratch_folder("object") as temporary:
+        path = temporary / "content"
         path.write_bytes(content)
         open_store(uri).put_file(path, uri)
 

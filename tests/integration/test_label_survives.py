@@ -2,15 +2,14 @@
 
 import json
 import os
+import re
 import shutil
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ import ray
 import torch
 from PIL import Image
 
+from deploy.rehearsal.cluster import ray_running
+from deploy.rehearsal.processes import lose, marked
 from jobs import label
 from jobs.data.snapshots import LabelTable
 from jobs.label import LabelSettings
@@ -33,6 +34,7 @@ pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
 PICTURES = 24
 DEADLY = (77, 33)  # width and height of pictures that a process dies of
+ENDLESS, LOCKING = (78, 33), (79, 33)  # and that it hangs in: so that its other threads run on, or stand still too
 
 
 class DeadlyDetector:
@@ -44,6 +46,21 @@ class DeadlyDetector:
     def fit(self, images: list[np.ndarray]) -> list[Any]:
         if any(image.shape[1::-1] == DEADLY for image in images):
             os._exit(139)
+        return self._detector.fit(images)
+
+
+class HangingDetector:
+    """The embedded detector, with the other fault of decoders: some pictures are never done."""
+
+    def __init__(self) -> None:
+        self._detector = MediaPipeSettings().build()
+
+    def fit(self, images: list[np.ndarray]) -> list[Any]:
+        sizes = {image.shape[1::-1] for image in images}
+        while ENDLESS in sizes:
+            time.sleep(0.1)
+        if LOCKING in sizes:
+            re.match(r"(a+)+$", "a" * 40 + "b")
         return self._detector.fit(images)
 
 
@@ -76,6 +93,16 @@ class DeadlySettings:
 class DeadlyLabelSettings(LabelSettings):
     def chosen_detector(self) -> Any:
         return DeadlySettings()
+
+
+class HangingSettings:
+    def build(self) -> HangingDetector:
+        return HangingDetector()
+
+
+class HangingLabelSettings(LabelSettings):
+    def chosen_detector(self) -> Any:
+        return HangingSettings()
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +154,22 @@ def test_a_picture_that_kills_its_process_again_and_again_is_one_crashed_row(
     again = label.run(settings(LabelSettings, more, tmp_path / "labels", model))
     assert again["planned"]["retry"] == 1
     assert again["images"] == {"ok": 1}
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_picture_that_its_process_hangs_in_is_one_crashed_row(pictures: Path, tmp_path: Path, model: str) -> None:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    more = tmp_path / "more"
+    more.mkdir()
+    for path in pictures.iterdir():
+        (more / path.name).symlink_to(path)
+    Image.new("RGB", ENDLESS).save(more / "endless.png")
+    Image.new("RGB", LOCKING).save(more / "locking.png")
+    summary = label.run(settings(HangingLabelSettings, more, tmp_path / "labels", model, task_timeout=8))
+    assert summary["images"] == {"crashed": 2, "ok": PICTURES}
+    crashed = {Path(row["uri"]).name: row["error"] for row in rows(tmp_path / "labels") if row["status"] == "crashed"}
+    assert set(crashed) == {"endless.png", "locking.png"}
+    assert all("hung" in error for error in crashed.values())
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -183,10 +226,14 @@ def same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
 
 
 def test_a_run_on_several_nodes_outlives_the_loss_of_one(pictures: Path, tmp_path: Path, model: str) -> None:
-    with nodes_running(2, tmp_path) as (environment, nodes):
+    with (
+        marked(str(tmp_path)) as plain,
+        ray_running(tmp_path, environment=plain, cpus=(2, 2), dashboard=False) as cluster,
+    ):
         # The driver, on a node without CPUs, has the model alone; every worker gets it from the object store.
         command = [sys.executable, __file__, str(pictures), str(tmp_path / "labels"), model]
-        with once_a_file_is_written(tmp_path / "labels", lambda: lose(nodes[0])) as lost:
+        environment = cluster.environment | {"PYTHONPATH": str(ROOT)}
+        with once_a_file_is_written(tmp_path / "labels", lambda: lose(cluster.nodes[0].process)) as lost:
             ended = subprocess.run(
                 command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False
             )
@@ -196,64 +243,6 @@ def test_a_run_on_several_nodes_outlives_the_loss_of_one(pictures: Path, tmp_pat
     assert summary["images"] == {"ok": PICTURES}
     found = rows(tmp_path / "labels")
     assert len({row["uri"] for row in found}) == len(found) == PICTURES
-
-
-@contextmanager
-def nodes_running(count: int, folder: Path) -> Iterator[tuple[dict[str, str], list[subprocess.Popen[bytes]]]]:
-    """`ray start`, a head without CPUs and nodes of two; the environment of a driver, and the nodes."""
-    temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: the paths of its sockets are limited
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_A", "MGMTN_"))}
-    environment |= {"RAY_AUTH_MODE": "disabled"}
-    address = f"127.0.0.1:{free_port()}"
-    ports = ["--dashboard-agent-listen-port={}", "--dashboard-agent-grpc-port={}", "--metrics-export-port={}"]
-
-    def start(*words: str) -> subprocess.Popen[bytes]:
-        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats", *words]
-        command += ["--object-store-memory=100000000", "--min-worker-port=0", "--max-worker-port=0"]
-        command += [*(port.format(free_port()) for port in ports)]
-        with (folder / "nodes.log").open("ab") as log:
-            return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-
-    started: list[subprocess.Popen[bytes]] = []
-    try:
-        head = ["--head", "--num-cpus=0", f"--port={address.rpartition(':')[2]}", "--include-dashboard=false"]
-        started.append(start(*head, f"--temp-dir={temporary}"))
-        for number in range(1, count + 1):  # one after the other: two that start at once on a machine may collide
-            wait_for_nodes(number, folder / "nodes.log", started[-1])
-            started.append(start(f"--address={address}", "--num-cpus=2"))
-        wait_for_nodes(count + 1, folder / "nodes.log", started[-1])
-        yield environment | {"RAY_ADDRESS": address}, started[1:]
-    finally:
-        for process in reversed(started):
-            lose(process)
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def lose(node: subprocess.Popen[bytes]) -> None:
-    """Everything of a node dies at once, as when its machine does."""
-    try:
-        family = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return
-    for process in family:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    node.wait(60)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_for_nodes(count: int, output: Path, latest: subprocess.Popen[bytes]) -> None:
-    """Wait until so many nodes have said that they run."""
-    deadline = time.monotonic() + 180
-    while output.read_text(encoding="utf-8").count("Ray runtime started") < count:
-        assert latest.poll() is None, output.read_text(encoding="utf-8")
-        assert time.monotonic() < deadline, output.read_text(encoding="utf-8")
-        time.sleep(0.2)
 
 
 class HereOnlySettings(SlowLabelSettings):

@@ -12,13 +12,12 @@ from jobs.data.augmentation import AugmentSettings
 from jobs.evaluate import EvaluateSettings
 from jobs.optimisation import OptimisationSettings
 from jobs.prepare import PrepareSettings
-from jobs.train import TrainAttributesSettings, TrainMasksSettings
+from jobs.train import NewNetworkSettings, TrainAttributesSettings, TrainMasksSettings
 from jobs.training_log import EPOCHS_FILE
 from mgmtn.attributes import ATTRIBUTES
 from mgmtn.checkpoint import Checkpoint
 from mgmtn.landmarks import MediaPipeSettings
 from mgmtn.mask_net import MaskNetSettings
-from mgmtn.network import NetworkSettings
 
 pytestmark = pytest.mark.integration
 
@@ -94,7 +93,7 @@ def test_pictures_become_a_model_that_tells_two_people_apart(dataset: Path, tmp_
                 data=(tmp_path / "data",),
                 output=tmp_path / "attributes",
                 mask_model=Path(masks["checkpoint"]),
-                network=NetworkSettings(image_size=SIZE, dropout=0.0),
+                network=NewNetworkSettings(image_size=SIZE, dropout=0.0),
                 optimisation=optimisation(epochs),
                 augment=AugmentSettings(erase=0, colour=0.1),
                 validation=0.2,

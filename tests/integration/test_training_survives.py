@@ -21,17 +21,16 @@ from jobs import train
 from jobs.data.made_faces import write_made_table
 from jobs.data.models import resolve_model
 from jobs.optimisation import OptimisationSettings
-from jobs.train import TrainAttributesSettings
+from jobs.train import NewNetworkSettings, TrainAttributesSettings
 from jobs.train_loop import TrainingDiverged
 from jobs.train_state import PROGRESS_FILE
 from jobs.training_log import EPOCHS_FILE, EVENTS_FILE, PLOT_FILE, STEPS_FILE
-from mgmtn.network import NetworkSettings
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 
 SIZE, STEPS = 64, 8
 PATIENCE_SECONDS = 600  # for what takes seconds on a machine with nothing else to do
-NETWORK = NetworkSettings(backbone="mobilenetv3_small_050", image_size=SIZE, width=16, masks="landmarks")
+NETWORK = NewNetworkSettings(backbone="mobilenetv3_small_050", image_size=SIZE, width=16, masks="landmarks")
 OPTIMISATION = OptimisationSettings(epochs=2, batch_size=16, learning_rate=3e-3, ema=0.8)
 
 

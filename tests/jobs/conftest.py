@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from jobs.data.buckets import ImageIds
 from jobs.data.parts import write_part
 from jobs.data.schema import TABLE_SCHEMA, image_id
 from jobs.data.snapshots import LabelTable, Snapshot, next_snapshot
@@ -72,7 +73,8 @@ def _add_night(
 ) -> Snapshot:
     table = LabelTable(uri)
     current = table.current()
-    files = table.carry_over(current, drop_ids=[image_id(uri) for uri in (*drop, *images)], run_id=run_id)
+    dropped = ImageIds.few(image_id(uri) for uri in (*drop, *images))
+    files = table.carry_over(current, drop_ids=dropped, run_id=run_id)
     if images:
         rows = _label_rows(images, run_id=run_id, model_id=model_id, **columns)
         written = write_part(rows, store=table.store, labels_uri=table.uri, model_id=model_id, run_id=run_id)

@@ -214,6 +214,17 @@ def test_failures_beyond_the_budget_are_refused_with_their_numbers(status):
     assert refusal.value.summary == {"run_id": "r"}
 
 
+def test_as_many_failures_as_images_are_tried_again_are_no_surprise():
+    check_budget(Counter({"crashed": 3}), 0.0, {}, retried=3)
+    check_budget(Counter({"fetch_error": 3, "ok": 9, "decode_error": 1}), 0.1, {}, retried=3)
+    with pytest.raises(
+        ErrorBudgetExceeded, match=r"2 of 10 images failed \(20\.0%\), besides 3 that had failed before"
+    ):
+        check_budget(Counter({"fetch_error": 3, "ok": 8, "decode_error": 2}), 0.1, {}, retried=3)
+    with pytest.raises(ErrorBudgetExceeded, match=r"1 of 1 images failed \(100\.0%\), more"):
+        check_budget(Counter({"decode_error": 1}), 0.5, {})  # a night of one new picture, which is damaged
+
+
 @pytest.mark.parametrize(
     ("images", "workers"),
     [(1, (1, 1)), (32, (1, 1)), (33, (2, 2)), (96, (3, 3)), (32_000, (8, 4))],
@@ -276,6 +287,23 @@ def test_a_limit_counts_what_is_still_to_be_done(photos, tmp_path, model, label_
     assert not work.incomplete_model
     everything = divide(job, note_of(given, job), limit=0, resume=False)
     assert (everything.adopted.images, everything.images, everything.later) == (0, total, {})
+
+
+def test_a_limit_beyond_what_fits_in_memory_is_done_in_rounds(photos, tmp_path, model, label_rows, monkeypatch):
+    monkeypatch.setattr("jobs.data.run.IMAGES_PER_ROUND", 3)
+    given = settings(photos, tmp_path / "labels", model, limit=5)
+    leave_files(label_rows, given, [path.name for path in photos.iterdir()][:2])
+    job = planned(given)
+    work = divide(job, note_of(given, job), limit=5, resume=True)
+    todo = list(work.tables)
+    total = len(list(photos.iterdir()))
+    assert (work.images, sum(rows.num_rows for rows in todo), work.later["new"]) == (5, 5, total - 7)
+    assert max(rows.num_rows for rows in todo) <= 3
+    ids = pa.concat_tables(todo)["image_id"].to_pylist()
+    assert ids == sorted(set(ids))
+    dry = run(given.model_copy(update={"dry_run": True}))
+    sizes = dict(zip(job.plan.due["image_id"].to_pylist(), job.plan.due["size"].to_pylist(), strict=True))
+    assert dry["bytes"] == sum(sizes[each] for each in sorted(sizes)[:5])
 
 
 def test_a_new_model_is_not_published_before_it_has_labelled_everything(photos, tmp_path, model, label_rows):

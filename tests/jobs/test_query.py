@@ -21,6 +21,7 @@ from jobs.data.schema import TABLE_SCHEMA, image_id
 from jobs.data.snapshots import LabelTable, next_snapshot
 from jobs.query import main
 from mgmtn.attributes import ATTRIBUTES
+from mgmtn.drawing import contact_sheet
 
 
 def face(uri: str, *, face_index: int = 0, thresholds: float = 0.5, **probabilities: float) -> dict[str, object]:
@@ -179,6 +180,30 @@ def test_a_contact_sheet_shows_faces_and_a_grey_tile_for_what_cannot_be_read(lab
     assert (np.abs(pixels - (0, 90, 200)).max(axis=-1) <= 3).sum() > 10_000
     assert (pixels == 205).all(axis=-1).sum() > 10_000  # a.jpg does not exist
     assert "faces=2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "caption"),
+    [
+        (["smiling and young < 0.5"], "#0 b.jpg\nsmiling 0.80\nyoung 0.20"),
+        (["smiling and young < 0.5", "--columns", "uri,Eyeglasses,male"], "#0 b.jpg\neyeglasses 0.70\nmale 0.60"),
+        (["smiling and young < 0.5", "--columns", "uri,status"], "#0 b.jpg\nsmiling 0.80\nyoung 0.20"),
+        (["smiling and young < 0.5", "--columns", "*"], "#0 b.jpg\nsmiling 0.80\nyoung 0.20"),
+        (["male", "--columns", "young,male,young"], "#0 b.jpg\nyoung 0.20\nmale 0.60"),
+        (["face_index = 1", "--columns", "uri"], "#1 b.jpg"),
+        (["--sql", "SELECT * FROM faces WHERE male > 0.5"], "#0 b.jpg"),
+        (["--sql", "SELECT * FROM faces WHERE male > 0.5", "--columns", "young"], "#0 b.jpg\nyoung 0.20"),
+        (["status = 'no_face'", "--columns", "smiling"], "c.jpg\nno_face"),
+    ],
+)
+def test_a_caption_names_the_attributes_that_were_asked_for(labels, tmp_path, monkeypatch, arguments, caption):
+    captions = []
+    monkeypatch.setattr(
+        "jobs.query.contact_sheet",
+        lambda tiles, texts, **more: captions.extend(texts) or contact_sheet(tiles, texts, **more),
+    )
+    assert main([str(labels), *arguments, "--sheet", str(tmp_path / "sheet.png")]) == 0
+    assert captions == [caption]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.data.buckets import MAX_BUCKETS, Buckets, bucket_bounds, buckets_of_files, stage
+from jobs.data.buckets import MAX_BUCKETS, Buckets, ImageIds, bucket_bounds, buckets_of_files, stage
 from jobs.data.schema import image_id
 from mgmtn.errors import ConfigError
 
@@ -84,3 +84,28 @@ def test_a_file_without_a_column_or_that_is_no_parquet_is_named(tmp_path):
         buckets_of_files([path], schema=SCHEMA, folder=tmp_path / "staged", bounds=())
     with pytest.raises(ConfigError, match=r"absent\.parquet.* cannot be read"):
         buckets_of_files([Path("absent.parquet")], schema=SCHEMA, folder=tmp_path / "staged", bounds=())
+
+
+def test_a_set_of_ids_is_asked_bucket_by_bucket(tmp_path):
+    every = sorted(ROWS["image_id"].to_pylist())
+    # Each id twice, and nothing in the second half of the buckets.
+    some = [each for each in every if each < "8"][::3]
+    batches = pa.table({"image_id": [*some, *reversed(some)]}).to_batches(max_chunksize=50)
+    ids = ImageIds.of(batches, folder=tmp_path / "ids", bounds=BOUNDS)
+    assert [part.to_pylist() for part in ids.between("", "g")] == [
+        [each for each in some if start <= each < stop] for start, stop in zip("0246", "2468", strict=True)
+    ]
+    assert [each for part in ids.between(some[40], some[90]) for each in part.to_pylist()] == some[40:91]
+    asked = pa.chunked_array([every[500:], every[:500]])
+    assert ids.hold(asked).to_pylist() == [each in some for each in asked.to_pylist()]
+    assert ids.hold(pa.array([some[7]])).to_pylist() == [True]
+    assert (ids.any_between(every[1], every[2]), ids.any_between(every[1], every[3])) == (False, True)
+    assert not ids.any_between("8", "g")
+    assert [file.name for file in ids.files(some[0], some[0])] == ["0000.parquet"]
+    assert len(ids.files("200", "9")) == 3
+
+
+def test_a_set_of_few_ids_may_be_empty():
+    assert not ImageIds.few().any_between("", "g")
+    assert ImageIds.few(["b", "a", "b"]).hold(pa.array(["a", "c"])).to_pylist() == [True, False]
+    assert list(ImageIds.few(["b", "a", "b"]).between("", "g")) == [pa.array(["a", "b"])]

@@ -156,6 +156,27 @@ def test_a_run_that_loses_its_lease_is_interrupted(tmp_path):
         work()
 
 
+def test_a_run_that_ignores_sigint_as_a_shells_background_job_does_is_interrupted_too(tmp_path):
+    code = (
+        "import signal, sys, time; from jobs.data.lease import LeaseSettings, held\n"
+        "from jobs.settings import Settings, run_program\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN\n"
+        "def run(settings):\n"
+        "    with held(sys.argv[1], holder='r1', settings=LeaseSettings(seconds=2, skew_seconds=0)):\n"
+        "        print('taken', flush=True); time.sleep(60)\n"
+        "sys.exit(run_program(Settings, run, [], prog='mgmtn label'))"
+    )
+    command = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "taken\n"
+        usurp(tmp_path)
+        _, errors = process.communicate()
+    assert process.returncode == LeaseHeld.exit_code
+    assert "mgmtn label: " in errors
+    assert "the run was interrupted" in errors
+
+
 def usurp(labels: Path) -> None:
     """Take the next number, as a run does whose clock is far ahead."""
     last = labels / "_lease" / records(labels)[-1]

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.data.parts import FileFacts, write_part
-from jobs.data.plan import DUE_SCHEMA
-from jobs.data.resume import RunNote, adopt, announce, conclude, refuse, unfinished_runs
+from jobs.data.plan import DUE_SCHEMA, PlanLimits
+from jobs.data.resume import RunNote, adopt, announce, conclude, discarded_files, refuse, unfinished_runs
 from jobs.data.schema import TABLE_SCHEMA, image_id
 from jobs.data.snapshots import LabelTable, next_snapshot
 from mgmtn.errors import ConfigError
@@ -84,7 +84,7 @@ def test_finished_files_are_taken_over_as_they_are_and_the_rest_is_left(table, d
     assert sorted(file.path for file in adopted.files) == sorted(file.path for file in written)
     assert (adopted.images, adopted.reasons, adopted.runs) == (3, {"changed": 1, "new": 2}, ("r1",))
     assert left(adopted, files) == ["d", "e", "f"]
-    assert adopted.ids.to_pylist() == sorted(map(image_id, "abc"))
+    assert adopted.ids.hold(pa.array(list(map(image_id, "abcd")))).to_pylist() == [True, True, True, False]
 
 
 @pytest.mark.parametrize("changes", [{"etag": "v2"}, {"etag": None}, {"attempts": 2}])
@@ -210,3 +210,49 @@ def test_runs_are_taken_up_in_s3(bucket, due, label_rows):
     assert adopted.files == (written,)
     assert left(adopted, files) == ["b"]
     assert table.read_files(adopted.files, columns=TABLE_SCHEMA.names).read_all().num_rows == 2
+
+
+def test_work_of_many_images_is_shared_out_bucket_by_bucket(table, due, label_rows, tmp_path):
+    names = [str(number) for number in range(200)]
+    died(table, "r1", label_rows(dict.fromkeys(names[:120], 2), run_id="r1"))
+    died(table, "r2", *(label_rows(dict.fromkeys(names[some::4], 1), run_id="r2") for some in range(3)), after=1)
+    expected = set(names[:150]) & {*names[0::4], *names[1::4], *names[2::4], *names[:120]}
+    files = due(**{name: {"etag": "v2"} if name == "7" else {} for name in names[:150]})
+    scratch = tmp_path / "scratch"
+    limits = PlanLimits(images_per_bucket=10, folder=scratch)
+    adopted = adopt(table, note("r3", after=2), current=None, due=files, limits=limits)
+    found = images(table, adopted.files)
+    assert {name for name, _ in found} == expected - {"7"}
+    # Of an image in both runs' files, the later one's rows.
+    assert found == sorted((name, face) for name in expected - {"7"} for face in range(2 if int(name) % 4 == 3 else 1))
+    assert left(adopted, files) == sorted({*names[:150]} - expected | {"7"})
+    assert adopted.images == len(expected) - 1
+    del adopted
+    assert not list(scratch.iterdir())
+
+
+def test_a_file_that_is_not_taken_as_it_is_is_discarded_and_never_looked_at_again(table, due, label_rows):
+    part, gone, whole = died(table, "r1", label_rows({"a": 1, "b": 1}), label_rows({"c": 1}), label_rows({"d": 1}))
+    announce(table, note("r2", after=1))
+    adopted = adopt(table, note("r2", after=1), current=None, due=due("ad"), discard=True)
+    assert images(table, adopted.files) == [("a", 0), ("d", 0)]
+    assert discarded_files(table) == {part.path, gone.path}
+    # What was there of b and c is not taken up, even when they are back; the others are found where they are now.
+    again = adopt(table, note("r3", after=2), current=None, due=due("abcd"), discard=True)
+    assert sorted(file.path for file in again.files) == sorted(file.path for file in adopted.files)
+    assert whole.path in {file.path for file in again.files}
+    assert [run.note.run_id for run in unfinished_runs(table)] == ["r2", "r1"]
+    conclude(table, ["r1", "r2"])
+    assert (discarded_files(table), unfinished_runs(table)) == (frozenset(), ())
+
+
+def test_nothing_is_discarded_unless_it_is_asked_for_or_where_a_file_could_not_be_read(table, due, label_rows):
+    torn, _ = died(table, "r1", label_rows({"a": 1}), label_rows({"b": 1, "c": 1}))
+    os.truncate(Path(table.uri, torn.path), torn.bytes // 2)
+    adopt(table, note("r2"), current=None, due=due("b"))
+    assert discarded_files(table) == frozenset()
+    adopt(table, note("r2"), current=None, due=due("b"), discard=True)
+    assert torn.path not in discarded_files(table)
+    Path(table.uri, "_runs", "r2.discarded.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"r2\.discarded\.json.*list of files"):
+        discarded_files(table)

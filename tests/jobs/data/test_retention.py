@@ -6,11 +6,15 @@ import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jobs.data.parts import write_part
-from jobs.data.resume import RunNote, announce, refuse
+from jobs.data.plan import DUE_SCHEMA
+from jobs.data.resume import RunNote, adopt, announce, refuse, unfinished_runs
 from jobs.data.retention import Retention, delete, plan_sweep
+from jobs.data.schema import image_id
 from jobs.data.snapshots import LabelTable, Snapshot
 from jobs.outcomes import LeaseHeld
 from mgmtn.errors import ConfigError
@@ -119,6 +123,25 @@ def test_work_that_may_be_taken_up_waits_as_long_as_its_model_is_worked_for(tabl
     later = plan_sweep(table, Retention.of(timedelta(days=1), keep=9))
     assert [info.uri for info in later.files] == [str(first)]
     assert sorted(Path(uri).name for uri in later.notes) == ["night1.json", "night2.json"]
+
+
+def test_a_discarded_file_of_a_run_that_waits_does_not(table, label_rows, tmp_path):
+    """A picture of it was withdrawn: the next run of the model wrote the file's other rows again."""
+    first = leftover(table, label_rows({"x": 1, "withdrawn": 1}), "night1", days=12)
+    stays = leftover(table, label_rows({"y": 1}), "night1", days=12)
+    note(table, "night1", days=12)
+    due = tmp_path / "due.parquet"
+    rows = [{"image_id": image_id(name), "uri": name, "etag": "v1", "attempts": 1, "reason": "new"} for name in "xy"]
+    pq.write_table(pa.Table.from_pylist(rows, schema=DUE_SCHEMA), due)
+    note(table, "night2", days=2)
+    note2 = unfinished_runs(table)[0].note
+    adopt(table, note2, current=table.current(), due=[due], discard=True)
+    sweep = plan_sweep(table, Retention.of(WEEK, keep=9))
+    assert ([info.uri for info in sweep.files], sweep.notes, sweep.waiting) == ([str(first)], [], 2)
+    delete(table, sweep, check=lambda: None)
+    assert stays.exists()
+    later = plan_sweep(table, Retention.of(NOW, keep=9))
+    assert "night2.discarded.json" in {Path(uri).name for uri in later.notes}
 
 
 @pytest.mark.parametrize("sign", ["file", "refusal"])

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.data import s3_client, s3_store
+from jobs.data.buckets import ImageIds
 from jobs.data.inventory import take_inventory
 from jobs.data.object_store import ObjectStore, join, local_copy, open_store
 from jobs.data.parts import write_part
@@ -182,7 +183,7 @@ def test_a_label_table_lives_in_a_bucket(bucket, label_rows):
     first = table.commit(next_snapshot(None, files=[part], run_id="r1", model_id="m1", inventory_digest="d"))
     with pytest.raises(SnapshotConflict):
         table.commit(first)
-    kept = table.carry_over(first, drop_ids=rows["image_id"].to_pylist()[:1], run_id="r2")
+    kept = table.carry_over(first, drop_ids=ImageIds.few(rows["image_id"].to_pylist()[:1]), run_id="r2")
     table.commit(next_snapshot(first, files=kept, run_id="r2", model_id="m1", inventory_digest="d"))
     assert [snapshot.number for snapshot in table.history()] == [1, 2]
     assert table.files(first) == (join(f"{bucket}/labels", part.path),)

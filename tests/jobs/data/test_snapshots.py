@@ -7,6 +7,7 @@ import duckdb
 import pyarrow as pa
 import pytest
 
+from jobs.data.buckets import ImageIds
 from jobs.data.object_store import open_store
 from jobs.data.parts import FileFacts, write_part
 from jobs.data.schema import TABLE_SCHEMA, image_id
@@ -157,7 +158,7 @@ def test_files_without_dropped_images_are_carried_over_untouched(table, label_ro
     # The ranges of the two files overlap, so it takes a look inside to know.
     outer, inner = (add(table, label_rows(dict.fromkeys(ids, 1))) for ids in (IDS[0::2], IDS[1::2]))
     first = table.commit(after(None, outer, inner))
-    kept = table.carry_over(first, drop_ids=[image_id(IDS[3]), image_id("unknown")], run_id="r2")
+    kept = table.carry_over(first, drop_ids=ImageIds.few(map(image_id, [IDS[3], "unknown"])), run_id="r2")
     assert kept[0] == outer
     assert kept[1].path.startswith("model=m1/run=r2/")
     assert (kept[1].thresholds_id, kept[1].rows) == ("t1", 3)
@@ -165,21 +166,21 @@ def test_files_without_dropped_images_are_carried_over_untouched(table, label_ro
 
 def test_nothing_is_rewritten_when_nothing_is_dropped(table, label_rows):
     first = table.commit(after(None, add(table, label_rows({"a": 1, "b": 1}))))
-    assert table.carry_over(first, drop_ids=[], run_id="r2") == first.files
-    assert table.carry_over(first, drop_ids=[image_id("z")], run_id="r2") == first.files
-    assert table.carry_over(None, drop_ids=[image_id("z")], run_id="r2") == ()
+    assert table.carry_over(first, drop_ids=ImageIds.few(), run_id="r2") == first.files
+    assert table.carry_over(first, drop_ids=ImageIds.few([image_id("z")]), run_id="r2") == first.files
+    assert table.carry_over(None, drop_ids=ImageIds.few([image_id("z")]), run_id="r2") == ()
     assert os.listdir(Path(table.uri, "model=m1")) == ["run=r1"]
 
 
 def test_a_file_of_dropped_images_alone_is_left_out(table, label_rows):
     first = table.commit(after(None, add(table, label_rows({"a": 3, "b": "no_face"}))))
-    assert table.carry_over(first, drop_ids=map(image_id, "ab"), run_id="r2") == ()
+    assert table.carry_over(first, drop_ids=ImageIds.few(map(image_id, "ab")), run_id="r2") == ()
 
 
 def test_a_new_model_supersedes_the_old_rows_of_what_it_labels(table, label_rows):
     first = table.commit(after(None, add(table, label_rows({"a": 2, "b": 1, "c": 1}))))
     new = add(table, label_rows({"a": 1, "b": "no_face"}, model_id="m2", run_id="r2"), run_id="r2", model_id="m2")
-    kept = table.carry_over(first, drop_ids=map(image_id, "ab"), run_id="r2")
+    kept = table.carry_over(first, drop_ids=ImageIds.few(map(image_id, "ab")), run_id="r2")
     second = table.commit(after(first, *kept, new, run_id="r2", model_id="m2"))
     assert faces(table, second) == [("a", 0, "m2", "r2"), ("b", -1, "m2", "r2"), ("c", 0, "m1", "r1")]
     assert (second.images, second.faces) == ({"ok": 2, "no_face": 1}, 2)
@@ -195,7 +196,7 @@ def test_a_new_model_supersedes_the_old_rows_of_what_it_labels(table, label_rows
 
 def test_rows_that_are_carried_over_are_not_changed(table, label_rows):
     first = table.commit(after(None, add(table, label_rows({"a": 2, "b": 1, "c": "crashed"}))))
-    kept = table.carry_over(first, drop_ids=[image_id("b")], run_id="r2")
+    kept = table.carry_over(first, drop_ids=ImageIds.few([image_id("b")]), run_id="r2")
     second = table.commit(after(first, *kept, run_id="r2"))
     before = table.read(first, columns=TABLE_SCHEMA.names).read_all()
     expected = before.filter(pa.compute.not_equal(before["uri"], "b"))

@@ -122,6 +122,15 @@ def probabilities(table: pa.Table) -> np.ndarray:
     return np.stack([table[name].to_numpy() for name in ATTRIBUTES], axis=1)
 
 
+def test_each_image_that_is_read_is_a_step_of_the_work_however_long_the_block(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[None] = []
+    monkeypatch.setattr("jobs.data.stages.still_working", lambda: steps.append(None))
+    find(photos, *OUTCOMES, *OUTCOMES)
+    assert len(steps) > 2 * len(OUTCOMES)  # and one between two groups
+
+
 @pytest.mark.parametrize("name", OUTCOMES)
 def test_each_file_gets_one_honest_outcome(by_name, name):
     rows = by_name[name]
