@@ -1,6 +1,7 @@
 # make demo      label a few photographs with the model that ships, and look at the result in demo/
 # make test      unit tests                     make integration  tests that start Ray or a server
 # make check     ruff, mypy, manifests          make bench        labelling and planning against plain code
+# make rehearsal two nights on a cluster, an S3 server and a Prometheus of this machine, checked; in build/rehearsal
 # make install   .venv with all of these        make lock         renew deploy/requirements.lock
 # make image-lock  the same for deploy/image.lock, once the new lock is installed
 # make clean     remove what the others made, .venv excepted
@@ -20,7 +21,7 @@ PIP := -m pip --disable-pip-version-check --no-input
 model := $(if $(MODEL),--model $(MODEL))
 
 .DELETE_ON_ERROR:
-.PHONY: install test integration check demo bench lock image-lock clean
+.PHONY: install test integration check demo bench rehearsal lock image-lock clean
 
 install: $(INSTALLED)
 
@@ -60,6 +61,9 @@ demo: install
 bench: install
 	$(RUN) -m jobs.bench --output build/bench.json $(model) $(ARGS)
 	$(RUN) -m jobs.bench_plan --output build/bench_plan.json
+
+rehearsal: install
+	$(RUN) -m deploy.rehearsal --output build/rehearsal
 
 # What pip resolves pyproject.toml to in an empty environment, less the two that the lock does without.
 lock:

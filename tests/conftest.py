@@ -11,10 +11,6 @@ tests write under a new prefix of that bucket and delete what they wrote; withou
 import contextlib
 import http.client
 import os
-import shutil
-import signal
-import socket
-import subprocess
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -26,9 +22,10 @@ from urllib.parse import unquote, urlsplit
 import boto3
 import pytest
 
+from deploy.rehearsal.processes import NotRunning
+from deploy.rehearsal.store import S3Endpoint, endpoint, swift_running
+
 ROOT = Path(__file__).parents[1]
-SWIFT_SCRIPT = (ROOT / ".." / "shared" / "s3" / "swift-aio" / "start.sh").resolve()
-SWIFT_PORTS = (5106, 6200, 6201, 6202, 11311)  # fixed by its configuration: one Swift at a time on a machine
 OWN_ENDPOINT = os.environ.get("MGMTN_TEST_S3_ENDPOINT")
 OWN_BUCKET = os.environ.get("MGMTN_TEST_S3_BUCKET")
 
@@ -49,15 +46,6 @@ def local_ray() -> Iterator[None]:
 
     with joined(ClusterSettings(num_cpus=2, object_store_gb=0.3)):
         yield
-
-
-@dataclass(frozen=True)
-class S3Endpoint:
-    """An S3 server. `variables` are boto3's, to reach it."""
-
-    name: str
-    url: str | None
-    variables: dict[str, str]
 
 
 @pytest.fixture(scope="session")
@@ -101,8 +89,12 @@ def s3_endpoint(request: pytest.FixtureRequest) -> Iterator[S3Endpoint]:
     if request.param == "moto":
         yield _moto(request.getfixturevalue("s3_server"))
     elif request.param == "swift":
-        with _swift_running(ROOT / "build" / "swift") as url:
-            yield S3Endpoint("swift", url, _variables(url, "test:tester", "testing"))
+        with contextlib.ExitStack() as stack:
+            try:
+                swift = stack.enter_context(swift_running(ROOT / "build" / "swift"))
+            except NotRunning as reason:
+                pytest.skip(str(reason))
+            yield swift
     else:
         url = None if OWN_ENDPOINT == "default" else OWN_ENDPOINT
         yield S3Endpoint("own", url, {"AWS_ENDPOINT_URL": url} if url else {})
@@ -155,45 +147,7 @@ def s3_proxy(s3_folder: str, s3_endpoint: S3Endpoint, monkeypatch: pytest.Monkey
 
 
 def _moto(url: str) -> S3Endpoint:
-    return S3Endpoint("moto", url, _variables(url, "AKIAVERYVISIBLE", "never-print-this"))
-
-
-def _variables(url: str, access_key: str, secret: str) -> dict[str, str]:
-    return {
-        "AWS_ENDPOINT_URL": url,
-        "AWS_ACCESS_KEY_ID": access_key,
-        "AWS_SECRET_ACCESS_KEY": secret,
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-
-
-@contextlib.contextmanager
-def _swift_running(folder: Path) -> Iterator[str]:
-    """OpenStack Swift, with nothing in it; its URL. Skips the test where it cannot run."""
-    if not SWIFT_SCRIPT.is_file():
-        pytest.skip("the script that starts OpenStack Swift, ../shared/s3/swift-aio, is not on this machine")
-    if shutil.which("memcached") is None:
-        pytest.skip("OpenStack Swift needs memcached and liberasurecode1: apt-get install")
-    for port in SWIFT_PORTS:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                pytest.skip(f"OpenStack Swift cannot start: port {port} is in use")
-    # The objects of an earlier start go; `venv` and the rings of `etc` stay, which take a minute to make.
-    shutil.rmtree(folder / "dev", ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "start.log").open("w") as log:
-        command = ["bash", str(SWIFT_SCRIPT), str(folder)]
-        starting = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    try:
-        if starting.wait():
-            shutil.rmtree(folder / "etc", ignore_errors=True)
-            pytest.skip(f"OpenStack Swift did not start: {(folder / 'start.log').read_text()[-500:]}")
-        yield f"http://127.0.0.1:{SWIFT_PORTS[0]}"
-    finally:
-        # Script and servers are one process group.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(starting.pid, signal.SIGTERM)
+    return endpoint("moto", url, "AKIAVERYVISIBLE", "never-print-this")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -28,6 +27,8 @@ import torch
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from deploy.rehearsal.monitoring import RULES, Prometheus, prometheus_running
+from deploy.rehearsal.processes import free_port
 from jobs import demo
 from jobs.data.worker_metrics import STAGES, WorkerMetrics
 from jobs.run_metrics import RunMetrics
@@ -36,7 +37,6 @@ from mgmtn.checkpoint import Card, Checkpoint
 from mgmtn.network import MGMTN, NetworkSettings
 
 ROOT = Path(__file__).parents[2]
-RULES = ROOT / "deploy" / "prometheus" / "rules.yaml"
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboard.json"
 
 # Labels that no exporter of ours sets: of scraping (PodMonitor), and of --metrics.corpus.
@@ -161,21 +161,15 @@ class Nights:
         workers: what Ray exports.
         driver: what the second run reported.
         summaries: the runs' own.
-        prometheus: the URL of one that has scraped both all the while; None where there is none.
+        prometheus: has scraped both all the while; None where there is none.
         started: seconds since 1970.
     """
 
     workers: str
     driver: str
     summaries: list[dict[str, Any]]
-    prometheus: str | None
+    prometheus: Prometheus | None
     started: float
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def get(url: str) -> str:
@@ -194,7 +188,7 @@ def nights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nights]:
     }
     started = time.time()
     with (
-        _prometheus(folder, workers=workers, driver=driver) as url,
+        _prometheus(folder, workers=workers, driver=driver) as prometheus,
         subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as run,
@@ -206,9 +200,9 @@ def nights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nights]:
             assert last == "finished"
             summaries = [json.loads(line) for line in lines if line.startswith("{")]
             text = _settled(lambda: get(f"http://127.0.0.1:{workers}/metrics"), summaries)
-            if url is not None:
-                time.sleep(3)  # Prometheus looks every second
-            yield Nights(text, (folder / "mgmtn.prom").read_text(encoding="utf-8"), summaries, url, started)
+            if prometheus is not None:
+                time.sleep(3)  # it looks every second
+            yield Nights(text, (folder / "mgmtn.prom").read_text(encoding="utf-8"), summaries, prometheus, started)
         finally:
             run.stdin.close()
             try:
@@ -252,33 +246,14 @@ def _settled(read: Callable[[], str], summaries: list[dict[str, Any]]) -> str:
 
 
 @contextmanager
-def _prometheus(folder: Path, *, workers: int, driver: int) -> Iterator[str | None]:
-    """A Prometheus with our rules that scrapes both ports each second; None where it is not installed."""
-    program = shutil.which("prometheus")
-    if program is None:
+def _prometheus(folder: Path, *, workers: int, driver: int) -> Iterator[Prometheus | None]:
+    """One that scrapes both ports; None where it is not installed."""
+    if shutil.which("prometheus") is None:
         yield None
         return
-    port = free_port()
-    targets = [f"127.0.0.1:{workers}"], [f"127.0.0.1:{driver}"]
-    jobs = [
-        {"job_name": name, "static_configs": [{"targets": found}]}
-        for name, found in zip(("ray", "mgmtn"), targets, strict=True)
-    ]
-    settings = {
-        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
-        "rule_files": [str(RULES)],
-        "scrape_configs": jobs,
-    }
-    (folder / "prometheus.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    flags = {"config.file": folder / "prometheus.yaml", "storage.tsdb.path": folder / "tsdb"}
-    flags["web.listen-address"] = Path(f"127.0.0.1:{port}")
-    with (folder / "prometheus.log").open("w") as log:
-        process = subprocess.Popen([program, *(f"--{name}={value}" for name, value in flags.items())], stderr=log)
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
+    targets = {"ray": [f"127.0.0.1:{workers}"], "runs": [f"127.0.0.1:{driver}"]}
+    with prometheus_running(folder, environment=os.environ, **targets) as prometheus:
+        yield prometheus
 
 
 def totals(exposition: str, name: str, label: str) -> Counter[str]:
@@ -330,14 +305,9 @@ def test_queries_use_only_what_a_real_run_exports(nights):
 @pytest.fixture(scope="module")
 def ask(nights: Nights) -> Callable[..., Any]:
     """`ask(path, **parameters)`: the data of an answer of the real Prometheus."""
-    url = nights.prometheus
-    if url is None:
+    if nights.prometheus is None:
         pytest.skip("prometheus, of Debian's package of that name, is not on this machine")
-
-    def answer(path: str, **parameters: Any) -> Any:
-        return json.loads(get(f"{url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"))["data"]
-
-    return answer
+    return nights.prometheus.ask
 
 
 @pytest.mark.integration

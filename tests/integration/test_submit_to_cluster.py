@@ -4,20 +4,17 @@ Most jobs here are a stand-in for `mgmtn label`, uploaded with --working-dir: wh
 """
 
 import json
-import os
-import secrets
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import requests
+
+from deploy.rehearsal.cluster import ray_running
+from deploy.rehearsal.processes import marked
 
 pytestmark = pytest.mark.integration
 
@@ -34,48 +31,15 @@ sys.exit(code)
 """
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[dict[str, str]]:
-    """A head node of one CPU; the environment of somebody who may use it."""
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: the paths of its sockets are limited
-    token, port = secrets.token_hex(32), free_port()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MGMTN_"))}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"  # as the image has it
-    server = environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_JOB_STOP_WAIT_TIME_S": "1"}
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=1"]
-    command += [f"--port={free_port()}", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}"]
-    command += [f"--dashboard-agent-listen-port={free_port()}"]  # the default is another cluster's on this machine
-    command += [f"--temp-dir={folder}", "--object-store-memory=80000000", "--disable-usage-stats"]
-    head = subprocess.Popen(command, env=server, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        wait_for_jobs_api(url, token, head)
-        yield environment | {"RAY_AUTH_TOKEN": token, "RAY_API_SERVER_ADDRESS": url}
-    finally:
-        head.terminate()  # not `ray stop`, which ends every cluster of the machine
-        head.wait(60)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def wait_for_jobs_api(url: str, token: str, head: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while True:
-        assert head.poll() is None, "ray start ended"
-        assert time.monotonic() < deadline, "the dashboard does not answer"
-        try:
-            answer = requests.get(f"{url}/api/jobs/", headers={"Authorization": f"Bearer {token}"}, timeout=10)
-        except requests.ConnectionError:
-            pass
-        else:
-            if answer.ok:
-                return
-        time.sleep(0.5)
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A head node of one CPU; the environment of somebody who may use it, and forgets that a token has a mode."""
+    folder = tmp_path_factory.mktemp("cluster")
+    with marked(str(folder)) as environment:
+        environment["RAY_JOB_STOP_WAIT_TIME_S"] = "1"
+        with ray_running(folder, environment=environment, cpus=(), head_cpus=1) as running:
+            forgotten = ("RAY_AUTH_MODE", "RAY_ADDRESS")
+            yield {name: value for name, value in running.environment.items() if name not in forgotten}
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +59,7 @@ def submit(*words: object, env: dict[str, str]) -> subprocess.CompletedProcess[s
 
 def test_a_command_of_ours_runs_where_it_is_installed_and_gives_its_summary(cluster, tmp_path):
     (tmp_path / "k8s").mkdir()
-    (tmp_path / "k8s" / "pod.yaml").write_text("apiVersion: v1\nkind: Pod\nmetadata: {name: a}\nspec: {}\n")
+    (tmp_path / "k8s" / "map.yaml").write_text("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: a}\n")
     ended = submit("lint", tmp_path / "k8s", "--key", "here", env=cluster)
     [job_id] = ended.stdout.splitlines()
     assert "event=clean manifests=1" in ended.stderr
