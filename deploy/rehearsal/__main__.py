@@ -35,11 +35,13 @@ from jobs.data.lease import ending_on_sigterm
 from jobs.data.s3_store import split
 from jobs.outcomes import Refused
 from jobs.settings import Settings, run_program
+from mgmtn.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 PICTURES: Final = 40
 NEW, REPLACED, DELETED = 100, 10, 5
+MARK: Final = ".rehearsal"
 TORN: Final = 15  # the number of a picture that cannot be read
 # Ray's own are ten seconds: Prometheus sees what a node has counted shortly before it is lost.
 RAY: Final = {"RAY_metrics_report_interval_ms": "1000", "RAY_worker_niceness": "0"}
@@ -61,12 +63,11 @@ def run(settings: RehearsalSettings) -> dict[str, Any]:
     """Rehearse, print each check, and write the report.
 
     Raises:
+        ConfigError: the output folder holds something else than a rehearsal's.
         RehearsalFailed: a check does not hold, or a server does not start.
     """
     started = time.monotonic()
-    folder = settings.output.resolve()
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder = emptied(settings.output.resolve())
     try:
         with ending_on_sigterm(), everything_running(folder) as stage:
             evidence = go_through(stage)
@@ -83,6 +84,20 @@ def run(settings: RehearsalSettings) -> dict[str, Any]:
     if failed:
         raise RehearsalFailed(f"{len(failed)} of {len(checks)} checks failed", summary=summary)
     return summary
+
+
+def emptied(folder: Path) -> Path:
+    """Make a folder anew; only an empty one or an earlier rehearsal's, which its mark tells, is cleared.
+
+    Raises:
+        ConfigError: it holds anything else.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
+        raise ConfigError(f"output: {str(folder)!r} is not empty, and not an earlier rehearsal's: it is left alone")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / MARK).touch()
+    return folder
 
 
 @dataclass(frozen=True)

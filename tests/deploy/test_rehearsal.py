@@ -11,12 +11,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from deploy.rehearsal import __main__ as rehearsal
 from deploy.rehearsal import checks
 from deploy.rehearsal.nights import Command
 from deploy.rehearsal.processes import having, marked
 from jobs import label
 from jobs.data.schema import TABLE_SCHEMA
 from jobs.settings import load
+from mgmtn.errors import ConfigError
 
 PICTURES = [f"s3://photos/faces/{number}.jpg" for number in range(4)]
 
@@ -96,3 +98,14 @@ def test_an_orphan_with_the_mark_does_not_outlive_the_rehearsal(tmp_path):
         subprocess.run([sys.executable, "-c", parent], env=environment, check=True)
         assert len(having(str(tmp_path))) == 1
     assert having(str(tmp_path)) == []
+
+
+def test_only_an_earlier_rehearsals_folder_is_cleared(tmp_path):
+    mine, new = tmp_path / "mine", tmp_path / "new"
+    mine.mkdir()
+    (mine / "thesis.txt").touch()
+    with pytest.raises(ConfigError, match="mine' is not empty, and not an earlier rehearsal's"):
+        rehearsal.emptied(mine)
+    assert (mine / "thesis.txt").exists()
+    (rehearsal.emptied(new) / "night-1.log").touch()
+    assert [path.name for path in rehearsal.emptied(new).iterdir()] == [rehearsal.MARK]
