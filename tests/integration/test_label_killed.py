@@ -1,7 +1,8 @@
 """`mgmtn label` killed at a chosen moment, and run again: the lines of `deploy/crashes.md`.
 
 The driver gets SIGKILL, and takes its cluster along, when a chosen request reaches the store, which then never sees it.
-Three moments by default; `MGMTN_TEST_EVERY_CRASH=1` takes them all.
+Three moments by default; `MGMTN_TEST_EVERY_CRASH=1` takes them all. The store is moto;
+`MGMTN_TEST_CRASH_STORE=swift` takes OpenStack Swift (`own`: yours, see `tests/conftest.py`).
 """
 
 import json
@@ -41,7 +42,7 @@ from mgmtn.network import MGMTN, NetworkSettings
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.timeout(1800),
-    pytest.mark.parametrize("s3_endpoint", ["moto"], indirect=True),
+    pytest.mark.parametrize("s3_endpoint", [os.environ.get("MGMTN_TEST_CRASH_STORE", "moto")], indirect=True),
 ]
 
 PICTURES = 40
