@@ -69,6 +69,8 @@ def between(low: str, high: str | None, *, prefix: str) -> str | None:
         low: a key with the prefix; the answer is greater.
         high: a key with the prefix that the answer is smaller than; None where the prefix ends.
     """
+    if high is not None and low >= high:
+        return None
     start = len(prefix)
     common = start
     while high is not None and common < min(len(low), len(high)) and low[common] == high[common]:
@@ -143,7 +145,9 @@ class _Listing:
             inside = [key for key in keys if end is None or key <= end]
             part.at = inside[-1] if inside else part.at
             part.token = page.get("NextContinuationToken")
-            part.truncated = bool(page.get("IsTruncated")) and len(inside) == len(keys) and part.token is not None
+            more = bool(page.get("IsTruncated")) and part.token is not None
+            # A page that ends with the range's last key leaves nothing to ask for.
+            part.truncated = more and len(inside) == len(keys) and (end is None or part.at != end)
             part.pages += 1
             self._empty_halves = 0 if inside else self._empty_halves + 1
             self._changed.notify_all()

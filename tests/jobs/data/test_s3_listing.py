@@ -118,13 +118,25 @@ def test_half_way_lies_between(prefix, low, high):
     low, high = prefix + low, None if high is None else prefix + high
     if high is not None and low > high:
         low, high = high, low
-    if low == high:
-        return
     middle = between(low, high, prefix=prefix)
     if middle is not None:
+        assert low != high
         assert low.encode() < middle.encode()
         assert middle.startswith(prefix)
         assert high is None or middle.encode() <= high.encode()
+
+
+def test_nothing_lies_between_a_key_and_itself():
+    assert between("p/(", "p/(", prefix="p/") is None
+
+
+def test_a_page_that_ends_with_its_ranges_last_key_is_that_ranges_last(monkeypatch):
+    bucket = FakeBucket(["a", "b", "c", "d"], page_keys=2)
+    monkeypatch.setattr(s3_listing, "_page", bucket.page)
+    listing = s3_listing._Listing("b", "")
+    listing.ranges[0].end = "b"
+    listing.read_page(listing.ranges[0])
+    assert not listing.ranges[0].truncated
 
 
 def test_half_way_is_found_among_usual_keys():
