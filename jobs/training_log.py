@@ -6,6 +6,7 @@ none of them twice.
 
 import csv
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Final
 
@@ -56,12 +57,12 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def write_events(path: Path, *, epochs: Sequence[Row], steps: Sequence[Row]) -> None:
-    """TensorBoard's event file: each column a curve, over the steps or the epochs."""
+    """TensorBoard's event file: each column a curve, over the steps or the epochs, of what is known (not NaN)."""
     with scratch_folder("log") as temporary:
         with tensorboardX.SummaryWriter(str(temporary)) as writer:
             for kind, rows, axis in (("step", steps, "step"), ("epoch", epochs, "epoch")):
                 for row in rows:
-                    for name in row.keys() - {"step", "epoch", "time"}:
+                    for name in (name for name in row.keys() - {"step", "epoch", "time"} if isfinite(row[name])):
                         writer.add_scalar(f"{kind}/{name}", row[name], int(row[axis]), walltime=row["time"])
         (written,) = temporary.iterdir()
         path.parent.mkdir(parents=True, exist_ok=True)

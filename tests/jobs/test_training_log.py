@@ -66,6 +66,13 @@ def test_tensorboard_shows_the_curves(tmp_path):
     assert [step for _, step, _ in losses] == [10 * n for n in range(12)]
 
 
+def test_tensorboard_shows_no_point_for_what_was_not_measured(tmp_path):
+    rows = [row | {"allreduce_added_seconds": float("nan")} for row in epochs(2)]
+    write_log(str(tmp_path), epochs=rows, steps=steps(1))
+    assert curve(tmp_path / EVENTS_FILE, "epoch/allreduce_added_seconds") == []
+    assert len(curve(tmp_path / EVENTS_FILE, "epoch/score")) == 2
+
+
 @pytest.mark.parametrize(("epoch_count", "step_count"), [(0, 3), (1, 0), (3, 12)])
 def test_the_plot_is_a_picture_that_changes_with_the_run(tmp_path, epoch_count, step_count):
     write_log(str(tmp_path / "a"), epochs=epochs(epoch_count), steps=steps(step_count))
