@@ -79,7 +79,7 @@ def run_masks(settings: TrainMasksSettings) -> dict[str, Any]:
     progress, best = train(settings, task)
     module = MaskNet(settings.network)
     module.load_state_dict(best.weights)
-    account = _account(settings, progress, best, command="masks")
+    account = _account(settings, progress, best, command="masks", init=task.init)
     card = Card(name=settings.name, kind="masks", network=settings.network, **account)
     return _finish(settings, Checkpoint.of(module, card, half=settings.half_weights), progress, best)
 
@@ -121,14 +121,9 @@ def run_attributes(settings: TrainAttributesSettings) -> dict[str, Any]:
     module.load_state_dict(best.weights)
     _, held_out = source.load()
     calibration = fit_calibration(best.results.numpy(), (held_out.labels == 1).astype(np.float64), held_out.known)
-    account = _account(settings, progress, best, command="attributes")
+    account = _account(settings, progress, best, command="attributes", init=task.init)
     if mask_checkpoint is not None:
-        masks = mask_checkpoint.card
-        account["training"]["mask_model"] = {
-            "model_id": masks.model_id,
-            "training": masks.training,
-            "accuracy": masks.accuracy,
-        }
+        account["training"]["mask_model"] = _origin(mask_checkpoint)
     card = Card(
         name=settings.name,
         kind="attributes",
@@ -155,7 +150,9 @@ def _positive_weight(source: Source) -> tuple[float, ...]:
     return tuple(positive_weights(labels, known).tolist())
 
 
-def _account(settings: TrainSettings, progress: Progress, best: Best, *, command: str) -> dict[str, Any]:
+def _account(
+    settings: TrainSettings, progress: Progress, best: Best, *, command: str, init: Checkpoint | None
+) -> dict[str, Any]:
     """The parts of a card that say where a model comes from; folders by their names, for a card travels."""
     tables = [Description.load(folder) for folder in settings.data]
     settled = settings.model_dump(
@@ -167,7 +164,15 @@ def _account(settings: TrainSettings, progress: Progress, best: Best, *, command
         "settings": settled,
         "licence": "learned from research data sets that are for non-commercial research only; see the README",
     }
+    if init is not None:
+        training["init"] = _origin(init)
     return {"training": training, "accuracy": {"validation": _figures(progress, best)}}
+
+
+def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a card says of another model that its own was made from."""
+    card = checkpoint.card
+    return {"model_id": card.model_id, "training": card.training, "accuracy": card.accuracy}
 
 
 def _figures(progress: Progress, best: Best) -> dict[str, float]:

@@ -80,15 +80,30 @@ MOMENTS = {
     "before its second commit": Moment("PUT", "/_snapshots/", night=2),
 }
 USUAL = ("with two finished files", "before its commit", "while it rewrites files")
+# The next model, 16 pictures of which are labelled in two files; then the deletions are published.
+STAGED = {
+    "while it rewrites files without the deleted": Moment("PUT", "/part-", nth=3),
+    "before it commits the deletions": Moment("PUT", "/_snapshots/"),
+}
+STAGED_USUAL = ("before it commits the deletions",)
 EVERY = bool(os.environ.get("MGMTN_TEST_EVERY_CRASH"))
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
+    return random_model(tmp_path_factory.mktemp("model"), seed=0)
+
+
+@pytest.fixture(scope="module")
+def next_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return random_model(tmp_path_factory.mktemp("next"), seed=1)
+
+
+def random_model(folder: Path, *, seed: int) -> str:
+    torch.manual_seed(seed)
     network = NetworkSettings(backbone="mobilenetv3_small_050", image_size=64)
     card = Card(name="random", kind="attributes", network=network)
-    return str(Checkpoint.of(MGMTN(network), card).save(tmp_path_factory.mktemp("model")))
+    return str(Checkpoint.of(MGMTN(network), card).save(folder))
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +140,16 @@ def undisturbed(
         label.run(LabelSettings(inputs=(str(folder),), output=str(labels), model=model, **SMALL))
         tables[night] = rows(str(labels))
     return tables
+
+
+@pytest.fixture(scope="module")
+def relabelled(
+    local_ray: None, second_night: Path, next_model: str, tmp_path_factory: pytest.TempPathFactory
+) -> pa.Table:
+    """The rows that the second night's pictures must have by the next model."""
+    labels = tmp_path_factory.mktemp("labels")
+    label.run(LabelSettings(inputs=(str(second_night),), output=str(labels), model=next_model, **SMALL))
+    return rows(str(labels))
 
 
 def rows(labels: str) -> pa.Table:
@@ -289,6 +314,41 @@ def test_a_run_that_is_killed_is_taken_up_by_the_same_command(
     assert not set(counts) & done, "finished work was done again"
     assert set(counts.values()) <= {1}
     assert len(counts) == due - len(done)
+    assert unfinished_runs(corpus.table) == ()
+
+
+@pytest.mark.parametrize("name", STAGED if EVERY else STAGED_USUAL)
+def test_a_kill_amid_the_deletions_of_a_night_whose_model_is_incomplete_loses_no_row_and_no_work(
+    corpus: Corpus,
+    s3_proxy,
+    pictures: Path,
+    second_night: Path,
+    undisturbed: dict[int, pa.Table],
+    next_model: str,
+    relabelled: pa.Table,
+    name: str,
+) -> None:
+    corpus.put(pictures)
+    summary_of(corpus.start().end())
+    corpus.put(second_night)
+    s3_proxy.seen.clear()
+    corpus.model = next_model
+
+    driver = corpus.start("--limit=16")
+    s3_proxy.harm = at(STAGED[name], driver.process.kill)
+    assert driver.end()[0] == -signal.SIGKILL
+    s3_proxy.harm = lambda handler, request: False
+    assert corpus.table.current().number == 1
+    assert len(corpus.finished_pictures()) >= 16
+
+    summary = summary_of(corpus.start("--limit=16").end())
+    assert (summary["adopted"], summary["snapshot"]) == (16, 2)
+    same(rows(corpus.labels), undisturbed[1].slice(1))  # the first is deleted; the old model's rows stand
+
+    assert summary_of(corpus.start().end())["adopted"] == 32
+    same(rows(corpus.labels), relabelled)
+    assert set(fetched(s3_proxy).values()) == {1}
+    assert len(fetched(s3_proxy)) == PICTURES - 1
     assert unfinished_runs(corpus.table) == ()
 
 

@@ -1,10 +1,16 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from jobs.data.made_faces import write_made_table
 from jobs.settings import load
-from jobs.train import TrainAttributesSettings, TrainMasksSettings, main
+from jobs.train import NewNetworkSettings, TrainAttributesSettings, TrainMasksSettings, main, run_attributes
+from jobs.train_state import Best, Progress
+from jobs.train_tasks import AttributeTask
+from jobs.training import TrainSettings
+from jobs.training_log import TIME_PARTS
+from mgmtn.attributes import ATTRIBUTES
 from mgmtn.checkpoint import Card, Checkpoint
 from mgmtn.network import MGMTN, NetworkSettings
 
@@ -88,3 +94,29 @@ def test_an_earlier_model_that_is_not_there_stops_before_ray_starts(tmp_path, ca
     command = ["masks", "--data", str(data), "--output", str(tmp_path / "run")]
     assert main([*command, "--init", str(tmp_path / "nothing")]) == 2
     assert "no checkpoint at" in capsys.readouterr().err
+
+
+def test_a_card_tells_which_model_training_started_from(tmp_path, monkeypatch):
+    data = write_made_table(tmp_path / "data", count=20, image_size=SIZE)
+    network = NetworkSettings(backbone="mobilenetv3_small_050", image_size=SIZE, width=16, masks="ones")
+    earlier = Checkpoint.of(MGMTN(network), Card(name="earlier", kind="attributes", network=network))
+
+    def train_nothing(settings: TrainSettings, task: AttributeTask) -> tuple[Progress, Best]:  # and no Ray
+        _, held_out = task.load()
+        best = Best(0, task.build().state_dict(), torch.zeros(len(held_out.labels), len(ATTRIBUTES)))
+        figures = {"score": 0.5, "images_per_second": 1.0} | {f"{part}_seconds": 0.0 for part in TIME_PARTS}
+        return Progress(samples=20, epochs=[figures], best=best), best
+
+    monkeypatch.setattr("jobs.train.train", train_nothing)
+    summary = run_attributes(
+        TrainAttributesSettings(
+            data=(data,),
+            output=tmp_path / "run",
+            init=earlier.save(tmp_path / "earlier"),
+            pretrained=False,
+            network=NewNetworkSettings(**network.model_dump(exclude={"mask_net"})),
+            validation=0.2,
+        )
+    )
+    card = Checkpoint.load(summary["checkpoint"]).card
+    assert card.training["init"]["model_id"] == earlier.card.model_id
