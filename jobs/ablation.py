@@ -10,6 +10,7 @@ import json
 import logging
 import subprocess
 import sys
+import tomllib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from pydantic import Field, PositiveInt
 from jobs.settings import Settings, run_program
 from jobs.telemetry import progress_bar
 from mgmtn.attributes import GROUPS
-from mgmtn.errors import MgmtnError
+from mgmtn.errors import ConfigError, MgmtnError
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +67,12 @@ def run(settings: AblationSettings) -> dict[str, Any]:
     """Make what is missing, compare all.
 
     Raises:
+        ConfigError: a run's folder is of a run with other settings.
         RunFailed: a run failed; the others are finished first.
     """
     runs = planned_runs(settings)
+    for job in runs:
+        check_same(job)
     todo = [job for job in runs if not job.metrics.exists()]
     with progress_bar("ablation", total=len(todo), unit="runs") as bar, ThreadPoolExecutor(settings.parallel) as pool:
         failures = []
@@ -106,6 +110,17 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
         both = isinstance(value, Mapping) and isinstance(result.get(name), Mapping)
         result[name] = merged(result[name], value) if both else value
     return result
+
+
+def check_same(job: Run) -> None:
+    """Make sure that what is in a run's folder was made with its settings.
+
+    Raises:
+        ConfigError: it was not.
+    """
+    made = job.folder / TRAIN_FILE
+    if made.exists() and tomllib.loads(made.read_text(encoding="utf-8")) != job.settings:
+        raise ConfigError(f"output: {str(job.folder)!r} was made with other settings; remove it, or use another folder")
 
 
 def make(job: Run, *, test: Sequence[Path]) -> str:

@@ -22,7 +22,7 @@ from pydantic_settings import CliPositionalArg
 
 from jobs.cluster import ClusterSettings, joined, totals
 from jobs.data.datasets import read_dataset
-from jobs.data.detection import DetectionSettings
+from jobs.data.detection import DetectionSettings, on_this_machine
 from jobs.data.object_store import canonical_uri
 from jobs.data.preparation import Preparation, count_outcomes, dataset_digest, take_up, write_part
 from jobs.data.schema import ERROR_LENGTH, Status
@@ -62,7 +62,7 @@ class MakeSamples:
 
     def __init__(self, detector: DetectorSettings, limits: ImageLimits, image_size: int, margin: int) -> None:
         cv2.setNumThreads(1)
-        self.detector = detector.build()
+        self.detector = on_this_machine(detector).build()
         self.limits, self.image_size, self.margin = limits, image_size, margin
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -117,7 +117,7 @@ def run(settings: PrepareSettings) -> dict[str, Any]:
     if settings.limit:
         table = table.slice(0, settings.limit)
     folder = canonical_uri(settings.output)
-    detector = settings.detector_settings()
+    detector = settings.chosen_detector()
     preparation = Preparation(
         dataset_sha256=dataset_digest(table),
         images=len(table),
@@ -131,6 +131,7 @@ def run(settings: PrepareSettings) -> dict[str, Any]:
     wanted = [number for number in range(preparation.files) if number not in finished]
     log.info("event=started images=%d files=%d finished=%d", len(table), preparation.files, len(finished))
     if wanted:
+        on_this_machine(detector).build()  # what is wrong with it shows here, once
         with joined(settings.cluster):
             make_parts(table, wanted, preparation, folder=folder, settings=settings, detector=detector)
     counts = count_outcomes(folder, preparation)

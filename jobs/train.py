@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from jobs.data.datasets import UNKNOWN
 from jobs.data.models import resolve_model
 from jobs.data.object_store import canonical_uri, join, open_store
 from jobs.data.scratch import scratch_folder
@@ -119,8 +120,10 @@ def run_attributes(settings: TrainAttributesSettings) -> dict[str, Any]:
     progress, best = train(settings, task)
     module = MGMTN(network)
     module.load_state_dict(best.weights)
-    _, held_out = source.load()
-    calibration = fit_calibration(best.results.numpy(), (held_out.labels == 1).astype(np.float64), held_out.known)
+    _, labels = source.load_labels()
+    if len(labels) != len(best.results):
+        raise ConfigError(f"data: {len(best.results)} samples were held out, {len(labels)} are there now")
+    calibration = fit_calibration(best.results.numpy(), (labels == 1).astype(np.float64), labels != UNKNOWN)
     account = _account(settings, progress, best, command="attributes", init=task.init)
     if mask_checkpoint is not None:
         account["training"]["mask_model"] = _origin(mask_checkpoint)
@@ -145,9 +148,8 @@ def _init(settings: TrainSettings) -> Checkpoint | None:
 
 
 def _positive_weight(source: Source) -> tuple[float, ...]:
-    train_samples, _ = source.load()
-    labels, known = torch.from_numpy(train_samples.labels == 1), torch.from_numpy(train_samples.known)
-    return tuple(positive_weights(labels, known).tolist())
+    labels, _ = source.load_labels()
+    return tuple(positive_weights(torch.from_numpy(labels == 1), torch.from_numpy(labels != UNKNOWN)).tolist())
 
 
 def _account(

@@ -66,6 +66,10 @@ class Task(Protocol):
     def mask_size(self) -> int:
         """Side of the stored masks, pixels."""
 
+    @property
+    def trained(self) -> dict[str, Any]:
+        """What is trained, as JSON has it: a run goes on only as the same."""
+
     def load(self) -> tuple[Samples, Samples]:
         """Training and validation samples."""
 
@@ -203,6 +207,7 @@ def _train(loop: LoopConfig) -> None:
 
         # Validate the averaged weights, each worker on its share; keep the state.
         mean_loss = progress.loss_sum / steps_per_epoch
+        share_buffers(run.average.module)
         results = predict_all(task, run.average.module, run.held_out, device, rank=rank, world=world)
         watch.lap("validation")
         watch.settle()
@@ -274,16 +279,13 @@ def set_up(loop: LoopConfig, device: torch.device) -> Training:
     (batch,) = plain_batches(few, image_size=task.image_size, mask_size=task.mask_size, batch_size=2)
     freeze_unreached(module, task.loss(module.eval(), batch.to(device)))
     optimizer = torch.optim.AdamW(parameter_groups(module, opt), weight_decay=opt.weight_decay)
-    run = Training(samples, held_out, module, averaged(module, opt.ema), optimizer, Progress(len(samples)))
+    progress = Progress(len(samples), task.trained)
+    run = Training(samples, held_out, module, averaged(module, opt.ema), optimizer, progress)
     if (checkpoint := ray.train.get_checkpoint()) is not None:
         with checkpoint.as_directory() as folder:
             run.progress = Progress.load(Path(folder))
-            load_tensors(Path(folder), module=module, average=run.average, optimizer=optimizer, device=device)
-        if run.progress.samples != len(samples):
-            raise ConfigError(
-                f"output: holds a run on {run.progress.samples} training samples, and there are {len(samples)} now; "
-                "use a new folder (init starts from another run's weights)"
-            )
+            run.progress.check(samples=len(samples), trained=task.trained)
+            load_tensors(Path(folder), module=module, average=run.average, optimizer=optimizer)
     return run
 
 
@@ -315,6 +317,16 @@ def summed(values: Tensor) -> Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Give every worker the first one's buffers, in place.
+
+    The running statistics of batch norms come from each worker's own faces, and the first one's are what is saved.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def gathered(value: T) -> list[T]:

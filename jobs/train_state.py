@@ -14,7 +14,7 @@ from mgmtn.errors import ConfigError
 
 STATE_FILE, PROGRESS_FILE = "state.pt", "progress.json"
 WEIGHTS_FILE, RESULTS_FILE = "best.safetensors", "validation.safetensors"
-_FORMAT = 2  # of the files; 1 had neither steps nor a best epoch
+_FORMAT = 3  # of the files; 2 did not say what is trained, 1 had neither steps nor a best epoch
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Progress:
 
     Attributes:
         samples: training samples in all; a run cannot go on with others.
+        trained: what the weights are of, as its task tells it; nor can it go on as another.
         epoch: the epoch under way.
         seen: samples of it that the weights have learned from.
         loss_sum: of its steps.
@@ -41,6 +42,7 @@ class Progress:
     """
 
     samples: int
+    trained: dict[str, Any] = field(default_factory=dict)
     epoch: int = 0
     seen: int = 0
     loss_sum: float = 0.0
@@ -55,13 +57,38 @@ class Progress:
             self.best = Best(self.epoch, {name: value.cpu().clone() for name, value in weights.items()}, results)
         self.epoch, self.seen, self.loss_sum = self.epoch + 1, 0, 0.0
 
+    def check(self, *, samples: int, trained: dict[str, Any]) -> None:
+        """Make sure that a run may go on from here.
+
+        Args:
+            samples: training samples that there are now.
+            trained: what is to be trained now, as JSON has it.
+
+        Raises:
+            ConfigError: it began with others.
+        """
+        if self.samples != samples:
+            raise ConfigError(
+                f"output: holds a run on {self.samples} training samples, and there are {samples} now; "
+                "use a new folder (init starts from another run's weights)"
+            )
+        before, now = _flat(self.trained), _flat(trained)
+        for name in sorted(before.keys() | now.keys()):
+            if (was := before.get(name)) != (wanted := now.get(name)):
+                raise ConfigError(
+                    f"output: holds the state of a run with other settings: {name} was {was!r} there, "
+                    f"and is {wanted!r} now; use a new folder"
+                )
+
     def out_of_patience(self, patience: int) -> bool:
         """Whether `patience` epochs in a row, unless it is 0, brought no better score."""
         return bool(patience) and self.best is not None and self.epoch - 1 - self.best.epoch >= patience
 
     def save(self, folder: Path) -> None:
         """Write what a person may read as JSON, and the best epoch beside it."""
-        kept = {name: getattr(self, name) for name in ("samples", "epoch", "seen", "loss_sum", "epochs", "steps")}
+        kept = {
+            name: getattr(self, name) for name in ("samples", "trained", "epoch", "seen", "loss_sum", "epochs", "steps")
+        }
         best_epoch = None if self.best is None else self.best.epoch
         (folder / PROGRESS_FILE).write_text(json.dumps({"format": _FORMAT, "best_epoch": best_epoch, **kept}))
         if self.best is not None:
@@ -89,6 +116,14 @@ class Progress:
         return cls(**read, best=Best(best_epoch, weights, results))
 
 
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their whole names: `network.fusion`."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
 def save_tensors(folder: Path, *, module: nn.Module, average: AveragedModel, optimizer: torch.optim.Optimizer) -> None:
     """Write weights, their average and the optimiser's state."""
     state = {
@@ -105,14 +140,13 @@ def load_tensors(
     module: nn.Module,
     average: AveragedModel,
     optimizer: torch.optim.Optimizer,
-    device: torch.device,
 ) -> None:
-    """The inverse of `save_tensors`, in place.
+    """The inverse of `save_tensors`, in place and on the devices where they are.
 
     Raises:
         ConfigError: they are another network's.
     """
-    state = torch.load(folder / STATE_FILE, map_location=device, weights_only=True)
+    state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
     try:
         module.load_state_dict(state["module"])
         average.load_state_dict(state["average"])

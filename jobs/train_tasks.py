@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from jobs.data.batches import Batch
 from jobs.data.object_store import is_s3, local_copy
-from jobs.data.training_table import Samples, load_samples
+from jobs.data.training_table import Samples, load_labels, load_samples
 from mgmtn.attributes import GROUPS
 from mgmtn.checkpoint import Checkpoint
 from mgmtn.errors import ConfigError
@@ -20,6 +20,8 @@ from mgmtn.network import MGMTN, NetworkSettings
 from mgmtn.pretrained import load_imagenet_weights, load_trunk_weights
 
 M = TypeVar("M", bound=nn.Module)
+
+_FEW_FOLDERS: Final = 20  # so few are not one for each person
 
 
 @dataclass(frozen=True)
@@ -37,22 +39,41 @@ class Source:
             ConfigError: none are held out, or all.
         """
         samples = load_samples(self.data, split="train", limit=self.limit)
-        held_out = validation_cut(samples.names, self.validation)
+        held_out = self._cut(samples.names)
+        return samples.take(np.flatnonzero(~held_out)), samples.take(np.flatnonzero(held_out))
+
+    def load_labels(self) -> tuple[np.ndarray, np.ndarray]:
+        """Only the labels of `load`'s samples, in the same order: int8, shape `(N, 40)`.
+
+        A driver needs no more, and all faces of a large table may not fit into its memory.
+
+        Raises:
+            ConfigError: none are held out, or all.
+        """
+        names, labels = load_labels(self.data, split="train", limit=self.limit)
+        held_out = self._cut(names)
+        return labels[~held_out], labels[held_out]
+
+    def _cut(self, names: np.ndarray) -> np.ndarray:
+        held_out = validation_cut(names, self.validation)
         if held_out.all() or not held_out.any():
             raise ConfigError(
-                f"validation: {self.validation:g} of {len(samples)} samples holds out {held_out.sum()}; "
+                f"validation: {self.validation:g} of {len(names)} samples holds out {held_out.sum()}; "
                 "both sides need some"
             )
-        return samples.take(np.flatnonzero(~held_out)), samples.take(np.flatnonzero(held_out))
+        return held_out
 
 
 def validation_cut(names: np.ndarray, share: float) -> np.ndarray:
     """Choose the samples to hold out: bool, shape `(N,)`; the same for the same names.
 
-    Where images lie in a folder per person, whole folders are chosen, so that nobody is on both sides.
+    Where images lie in a folder per person, whole folders are chosen, so that nobody is on both sides. Not so a folder
+    that alone has more than is to be held out in all: that is a collection.
     """
     folders = np.array([str(Path(name).parent) for name in names])
-    keys = folders if len(np.unique(folders)) > 20 else names
+    _, folder, counts = np.unique(folders, return_inverse=True, return_counts=True)
+    is_person = (len(counts) > _FEW_FOLDERS) & (counts[folder] <= max(1, share * len(names)))
+    keys = np.where(is_person, folders, names)
     unique, where = np.unique(keys, return_inverse=True)
     chosen = np.random.default_rng(20).random(len(unique)) < share
     return chosen[where]
@@ -67,6 +88,10 @@ class MaskTask:
     image_size: int
     mask_size: int
     init: Checkpoint | None = None
+
+    @property
+    def trained(self) -> dict[str, Any]:
+        return {"network": self.network.model_dump(mode="json"), "init": model_id_of(self.init)}
 
     def load(self) -> tuple[Samples, Samples]:
         # A picture in which no face was found has no masks to learn from.
@@ -110,6 +135,15 @@ class AttributeTask:
     average_flip: bool = False
     label_smoothing: float = 0.0
 
+    @property
+    def trained(self) -> dict[str, Any]:
+        return {
+            "network": self.network.model_dump(mode="json"),
+            "average_flip": self.average_flip,
+            "mask_model": model_id_of(self.mask_checkpoint),
+            "init": model_id_of(self.init),
+        }
+
     def load(self) -> tuple[Samples, Samples]:
         return self.source.load()
 
@@ -151,6 +185,10 @@ class AttributeTask:
         named = counts > 0  # an attribute that nobody labelled has no accuracy
         loss = attribute_loss(results, labels.float(), known)
         return {"score": (right[named] / counts[named]).mean().item(), "validation_loss": loss.item()}
+
+
+def model_id_of(checkpoint: Checkpoint | None) -> str | None:
+    return None if checkpoint is None else checkpoint.card.model_id
 
 
 def started_from(module: M, init: Checkpoint | None) -> M:

@@ -9,6 +9,7 @@ from jobs.ablation import AblationSettings, RunFailed, as_markdown, merged, plan
 from jobs.settings import load
 from jobs.train import TrainAttributesSettings
 from mgmtn.attributes import GROUPS
+from mgmtn.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "jobs" / "configs"
 
@@ -54,6 +55,16 @@ def test_a_run_that_fails_is_named_with_its_log(tmp_path: Path) -> None:
     with pytest.raises(RunFailed, match=r"only.seed-0: jobs\.train ended with 2, see .*log\.txt.*only.seed-1"):
         ablation.run(settings)
     assert "is not a finished training table" in (tmp_path / "only" / "seed-0" / "log.txt").read_text()
+
+
+def test_a_run_that_was_made_with_other_settings_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    settings = AblationSettings(
+        output=tmp_path, data=(tmp_path / "none",), test=(tmp_path / "none",), arms={"only": {}}
+    )
+    with pytest.raises(RunFailed):
+        ablation.run(settings)
+    with pytest.raises(ConfigError, match=r"output: '.*only.seed-0' was made with other settings"):
+        ablation.run(settings.model_copy(update={"common": {"freeze": 2}}))
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("ablation-*.toml")), ids=lambda path: path.stem)

@@ -236,6 +236,9 @@ def test_a_run_does_not_go_on_with_other_samples_or_another_network(loop, worker
     assert "output: holds a run on" in str(train_worker({"loop": fewer}))
     wider = replace(loop, task=replace(loop.task, network=NETWORK.model_copy(update={"width": 32})))
     assert "output: holds the state of a run with other settings" in str(train_worker({"loop": wider}))
+    # Tensors of the same names and shapes, put together in another way.
+    gate = replace(loop, task=replace(loop.task, network=NETWORK.model_copy(update={"fusion": "gate"})))
+    assert "network.fusion was 'concat' there, and is 'gate' now" in str(train_worker({"loop": gate}))
 
 
 def test_a_frozen_part_is_the_same_after_training(loop, worker):

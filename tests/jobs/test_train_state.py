@@ -6,8 +6,6 @@ from jobs.optimisation import averaged
 from jobs.train_state import PROGRESS_FILE, Progress, load_tensors, save_tensors
 from mgmtn.errors import ConfigError
 
-CPU = torch.device("cpu")
-
 
 def ended(scores: list[float]) -> Progress:
     """A run after an epoch of each score; the weights of epoch i are i."""
@@ -79,6 +77,37 @@ def test_an_earlier_versions_run_is_refused(tmp_path):
         Progress.load(tmp_path)
 
 
+TRAINED = {"network": {"fusion": "concat", "levels": [3, 4]}, "init": None}
+
+
+@pytest.mark.parametrize(
+    ("now", "problem"),
+    [
+        (
+            {"network": {"fusion": "gate", "levels": [3, 4]}, "init": None},
+            "network.fusion was 'concat' there, and is 'gat",
+        ),
+        (
+            {"network": {"fusion": "concat", "levels": [4]}, "init": None},
+            r"network.levels was \[3, 4\] there, and is \[4",
+        ),
+        ({"network": {"fusion": "concat", "levels": [3, 4]}, "init": "a-1"}, "init was None there, and is 'a-1'"),
+        ({"network": {"fusion": "concat", "levels": [3, 4]}}, None),
+    ],
+)
+def test_a_run_goes_on_only_as_what_it_was(tmp_path, now, problem):
+    Progress(samples=100, trained=TRAINED).save(tmp_path)
+    progress = Progress.load(tmp_path)
+    progress.check(samples=100, trained=TRAINED)
+    with pytest.raises(ConfigError, match="output: holds a run on 100 training samples, and there are 99 now"):
+        progress.check(samples=99, trained=TRAINED)
+    if problem is None:
+        progress.check(samples=100, trained=now)
+        return
+    with pytest.raises(ConfigError, match=problem):
+        progress.check(samples=100, trained=now)
+
+
 def trained(module: nn.Module, *, steps: int) -> tuple[nn.Module, torch.optim.AdamW, nn.Module]:
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.1)
     average = averaged(module, 0.9)
@@ -95,7 +124,7 @@ def test_a_step_after_reading_back_is_the_step_that_would_have_come(tmp_path):
     module, optimizer, average = trained(nn.Linear(2, 2), steps=3)
     save_tensors(tmp_path, module=module, average=average, optimizer=optimizer)
     other, other_optimizer, other_average = trained(nn.Linear(2, 2), steps=0)
-    load_tensors(tmp_path, module=other, average=other_average, optimizer=other_optimizer, device=CPU)
+    load_tensors(tmp_path, module=other, average=other_average, optimizer=other_optimizer)
     for net, mover, mean in ((module, optimizer, average), (other, other_optimizer, other_average)):
         net(torch.ones(1, 2)).sum().backward()
         mover.step()
@@ -113,4 +142,4 @@ def test_another_networks_state_is_refused(tmp_path):
     for other in (nn.Linear(2, 3), frozen):
         net, mover, mean = trained(other, steps=0)
         with pytest.raises(ConfigError, match="output: holds the state of a run with other settings"):
-            load_tensors(tmp_path, module=net, average=mean, optimizer=mover, device=CPU)
+            load_tensors(tmp_path, module=net, average=mean, optimizer=mover)

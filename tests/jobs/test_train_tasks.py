@@ -89,6 +89,23 @@ def test_a_few_folders_are_no_people():
     assert not chosen.all(axis=1).any()
 
 
+@pytest.mark.parametrize("flat", ["aaa", "person50", "zzz"])
+def test_of_a_flat_collection_beside_folders_of_people_some_are_held_out(flat):
+    people = [f"person{i // 5}x/{i}.jpg" for i in range(500)]
+    names = np.array([f"{flat}/{i:06d}.jpg" for i in range(1000)] + people)
+    chosen = validation_cut(names, 0.1)
+    assert 60 < chosen[:1000].sum() < 140
+    of_people = chosen[1000:].reshape(100, 5)
+    np.testing.assert_array_equal(of_people.all(axis=1), of_people.any(axis=1))
+    assert of_people.any()
+
+
+def test_labels_alone_are_those_of_the_samples(tmp_path):
+    source = Source(table(tmp_path), 0.3, 40)
+    for labels, samples in zip(source.load_labels(), source.load(), strict=True):
+        np.testing.assert_array_equal(labels, samples.labels)
+
+
 def test_the_two_sides_are_all_samples(tmp_path):
     train, held_out = Source(table(tmp_path), 0.3, 0).load()
     assert sorted([*train.names, *held_out.names]) == [f"{i:06d}.jpg" for i in range(42)]
