@@ -168,8 +168,21 @@ def run(settings: LabelSettings) -> dict[str, Any]:
             _tell_snapshot(metrics, job.table, snapshot)
             summary["snapshot"] = snapshot.number
         if not work.incomplete_model:
-            conclude(job.table, [job.id, *work.adopted.runs])
+            _forget_runs(settings, job, work)
         return summary
+
+
+def _forget_runs(settings: LabelSettings, job: Run, work: Work) -> None:
+    """Forget this run and those that it looked through, whose files are in the table or of no use.
+
+    Not those where something may be due that is not so tonight: of a folder that could not be listed, or, with
+    deletions kept, of other inputs.
+    """
+    of_no_use = settings.deletions == "drop" and not job.plan.unreadable
+    try:
+        conclude(job.table, [job.id, *(work.adopted.runs if of_no_use else ())])
+    except ConfigError as error:  # the night is published; the next run forgets them
+        log.warning("event=notes_stay error=%s", error)
 
 
 def new_run_id() -> str:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from jobs.data.buckets import Buckets, bucket_bounds, buckets_of_files, stage
 from jobs.data.inventory import unreadable_folders
+from jobs.data.object_store import file_uri
 from jobs.data.schema import INVENTORY_SCHEMA, MAX_ATTEMPTS, TABLE_SCHEMA, TRANSIENT
 from mgmtn.errors import ConfigError
 
@@ -135,7 +136,9 @@ def _images_in(inventory: pa.Table | Path) -> int:
 
 def _unreadable(inventory: pa.Table | Path) -> tuple[str, ...]:
     schema = pq.read_schema(_parquet_files(inventory)[0]) if isinstance(inventory, Path) else inventory.schema
-    return tuple(name.rstrip("/") for name in unreadable_folders(schema.empty_table()))
+    names = [name.rstrip("/") for name in unreadable_folders(schema.empty_table())]
+    # An image whose name is not UTF-8 has a URI of another form than its folder.
+    return (*names, *(file_uri(name) for name in names if name.startswith("/")))
 
 
 def _parquet_files(path: Path) -> tuple[Path, ...]:

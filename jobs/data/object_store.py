@@ -119,8 +119,10 @@ def canonical_uri(text: str) -> str:
     """The one spelling of a place: an `s3://` URI as it is, a local path made absolute, `~` expanded, links left alone.
 
     Raises:
-        ConfigError: for any other scheme, or an S3 URI without a bucket.
+        ConfigError: for any other scheme, an S3 URI without a bucket, or nothing (which would be the working folder).
     """
+    if not text.strip():
+        raise ConfigError(f"{text!r}: an empty path; name a folder or s3://bucket/key")
     if is_s3(text):
         if not text.removeprefix("s3://").split("/")[0]:
             raise ConfigError(f"{text!r}: no bucket in this S3 URI")
@@ -147,8 +149,13 @@ def _uri_of(path: str) -> str:
     try:
         path.encode()
     except UnicodeEncodeError:
-        return "file://" + quote(os.fsencode(path))
+        return file_uri(path)
     return path
+
+
+def file_uri(path: str) -> str:
+    """`file://` and a path of any bytes, percent-encoded: how an image is named whose path is not UTF-8."""
+    return "file://" + quote(os.fsencode(path))
 
 
 def join(folder: str, *names: str) -> str:

@@ -9,7 +9,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,11 +49,22 @@ class PlanLimits(BaseModel):
         None, description="local folder for temporary files, about 300 bytes an image; unset: TMPDIR's"
     )
 
-    def scratch(self, purpose: str) -> AbstractContextManager[Path]:
-        """A new folder for temporary files: see `scratch_folder`."""
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        return scratch_folder(purpose, within=self.folder)
+    @contextmanager
+    def scratch(self, purpose: str) -> Iterator[Path]:
+        """A new folder for temporary files: see `scratch_folder`.
+
+        Raises:
+            ConfigError: it cannot be made.
+        """
+        with ExitStack() as undo:
+            try:
+                if self.folder is not None:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                folder = undo.enter_context(scratch_folder(purpose, within=self.folder))
+            except OSError as error:
+                where = "TMPDIR" if self.folder is None else repr(str(self.folder))
+                raise ConfigError(f"plan.folder: no folder can be made in {where}: {error.strerror}") from error
+            yield folder
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,10 @@ __all__ = ["FileFacts", "LabelSink", "write_part"]
 log = logging.getLogger(__name__)
 
 PREDICTED: Final = (*ATTRIBUTES, "labels")
+OF_A_FACE: Final = (
+    *("box_x1", "box_y1", "box_x2", "box_y2", "detection_score", "sharpness", "face_size", "landmarks"),
+    *PREDICTED,
+)
 
 # About ten minutes of two cores' work, or one of a GPU's: what a run that dies can lose for each file it was gathering.
 # `mgmtn compact` makes large files of them.
@@ -31,7 +35,7 @@ ROWS_PER_FILE: Final = 8_192
 
 
 def one_outcome_each(rows: pa.Table) -> pa.Table:
-    """Let an image of which some faces failed in the model have failed with all of them: it is tried again whole.
+    """Let an image of which some faces failed in the model have failed with all of them: one row, to be tried again.
 
     The model's stage takes faces in batches of a fixed size, and the faces of an image may lie in two of them.
     """
@@ -39,18 +43,19 @@ def one_outcome_each(rows: pa.Table) -> pa.Table:
     if not failed.num_rows:
         return rows
     outcomes = failed.group_by("image_id", use_threads=False).aggregate([("status", "first"), ("error", "first")])
-    place = pc.index_in(rows["image_id"], value_set=outcomes["image_id"])
-    hit = pc.is_valid(place)
+    hit = pc.is_in(rows["image_id"], value_set=outcomes["image_id"])
+    images = rows.filter(pc.and_(hit, pc.less_equal(rows["face_index"], 0)))
+    outcomes = outcomes.take(pc.index_in(images["image_id"], value_set=outcomes["image_id"]))
     for name in ("status", "error"):
-        outcome = outcomes[f"{name}_first"].take(place)
-        rows = _with(rows, name, pc.if_else(hit, outcome.cast(pa.string()), rows[name].cast(pa.string())))
-    for name in PREDICTED:
-        rows = _with(rows, name, pc.if_else(hit, pa.scalar(None, rows[name].type), rows[name]))
-    return rows
+        images = _with(images, name, outcomes[f"{name}_first"])
+    for name, value in {**dict.fromkeys(OF_A_FACE), "face_index": -1, "face_count": 0}.items():
+        images = _with(images, name, pa.repeat(pa.scalar(value, images.schema.field(name).type), len(images)))
+    return pa.concat_tables([rows.filter(pc.invert(hit)), images])
 
 
-def _with(rows: pa.Table, name: str, column: pa.ChunkedArray) -> pa.Table:
-    return rows.set_column(rows.schema.get_field_index(name), name, column)
+def _with(rows: pa.Table, name: str, column: pa.ChunkedArray | pa.Array) -> pa.Table:
+    field = rows.schema.field(name)
+    return rows.set_column(rows.schema.get_field_index(name), field, column.cast(field.type))
 
 
 class LabelSink(Datasink[FileFacts | None]):

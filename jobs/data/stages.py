@@ -255,7 +255,7 @@ def image_outcomes(table: pa.Table) -> dict[str, int]:
     index, status = table["face_index"].to_numpy(), table["status"].to_numpy(zero_copy_only=False)
     names, counts = np.unique(status[index <= 0], return_counts=True)
     outcomes = {str(name): int(count) for name, count in zip(names, counts, strict=True)}
-    return outcomes | {"faces": int((index >= 0).sum())}
+    return outcomes | {"faces": int(((index >= 0) & (status == Status.OK.value)).sum())}
 
 
 def predict(table: pa.Table, labeller: Labeller) -> pa.Table:

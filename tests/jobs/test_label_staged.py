@@ -24,6 +24,7 @@ from jobs.data.snapshots import LabelTable
 from jobs.label import LabelSettings, run
 from jobs.outcomes import ErrorBudgetExceeded, GateRefused, LeaseHeld
 from mgmtn.checkpoint import Card, Checkpoint
+from mgmtn.errors import ConfigError
 from mgmtn.network import MGMTN, NetworkSettings
 
 CORPUS = [f"/corpus/{number}.jpg" for number in range(12)]
@@ -81,6 +82,10 @@ def night(label_rows, tmp_path, models, monkeypatch):
     monkeypatch.setattr("jobs.label.label", label)
     yield night
     assert not ray.is_initialized()
+
+
+def taken(self: Lease) -> None:
+    raise LeaseHeld("taken over")
 
 
 @pytest.fixture
@@ -180,6 +185,29 @@ def test_with_deletions_kept_nothing_is_published_or_discarded(table, night):
     assert discarded_files(table) == frozenset()
 
 
+def test_what_a_dead_run_finished_of_other_inputs_waits_while_deletions_are_kept(table, night, monkeypatch):
+    others = [f"/other/{number}.jpg" for number in range(5)]
+    with monkeypatch.context() as patched:
+        patched.setattr(Lease, "confirm", taken)
+        with pytest.raises(LeaseHeld):
+            night(others, deletions="keep")
+    night([*CORPUS, "/corpus/one.jpg"], deletions="keep")
+    assert len(unfinished_runs(table)) == 1
+    assert night(others, deletions="keep")["adopted"] == 5
+
+
+def test_a_night_that_is_published_succeeds_whatever_becomes_of_its_note(table, night, monkeypatch):
+    def fail(*_: object) -> None:
+        raise ConfigError("may not delete")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("jobs.label.conclude", fail)
+        assert night([*CORPUS, "/corpus/one.jpg"])["snapshot"] == 2
+    assert len(unfinished_runs(table)) == 1
+    night([*CORPUS, "/corpus/one.jpg", "/corpus/two.jpg"])
+    assert unfinished_runs(table) == ()
+
+
 def test_the_gate_stands_before_the_deletions_too(table, night):
     gate = {"min_images": 5, "max_deleted": 0.2}
     with pytest.raises(GateRefused, match=r"deleted: 50\.0%"):
@@ -189,9 +217,6 @@ def test_the_gate_stands_before_the_deletions_too(table, night):
 
 
 def test_deletions_do_not_overtake_another_run(table, night, monkeypatch):
-    def taken(self: Lease) -> None:
-        raise LeaseHeld("taken over")
-
     monkeypatch.setattr(Lease, "confirm", taken)
     with pytest.raises(LeaseHeld, match="taken over"):
         night(CORPUS[1:], new=True, limit=5)

@@ -232,6 +232,12 @@ def test_a_name_that_is_not_utf_8_gets_a_uri_that_is(tmp_path):
     assert canonical_uri(info.uri) == info.uri
 
 
+@pytest.mark.parametrize("text", ["", " "])
+def test_no_place_at_all_is_not_the_working_folder(text):
+    with pytest.raises(ConfigError, match="an empty path"):
+        canonical_uri(text)
+
+
 def test_a_place_has_one_spelling(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/ada")

@@ -92,10 +92,18 @@ def test_an_image_that_left_leaves_the_table_unless_it_is_to_be_kept(label_rows)
 
 
 def test_images_in_a_folder_that_may_not_be_listed_are_not_taken_for_deleted(label_rows):
-    rows = label_rows({"/p/closed/a.jpg": 1, "/p/closed too/b.jpg": 1})
+    rows = label_rows({"/p/closed/a.jpg": 1, "/p/closed too/b.jpg": 1, "file:///p/closed/caf%E9.jpg": 1})
     partial = inventory().replace_schema_metadata({"mgmtn.unreadable": '["/p/closed"]'})
     plan = make_plan(partial, rows, model_id="m1")
     assert plan.dropped.to_pylist() == [image_id("/p/closed too/b.jpg")]
+
+
+def test_a_folder_for_temporary_files_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    limits = PlanLimits(folder=tmp_path / "file" / "temporary")
+    message = r"plan\.folder: no folder can be made in '.*/file/temporary'"
+    with pytest.raises(ConfigError, match=message), limits.scratch("plan"):
+        pass
 
 
 def test_a_limit_leaves_the_rest_of_the_table_alone(label_rows):

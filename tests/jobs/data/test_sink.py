@@ -59,9 +59,15 @@ def test_an_image_that_failed_in_one_face_failed_in_all(sink, label_rows, tmp_pa
         others = others.set_column(others.schema.get_field_index(name), name, column)
     facts = sink.write([whole, first, others], None)
     assert facts.images == {"crashed": 1, "ok": 1}
-    query = "SELECT uri, status, error, young, labels IS NULL FROM read_parquet($1) ORDER BY uri, face_index"
+    assert facts.faces == 2
+    columns = "uri, face_index, face_count, status, error, young, labels IS NULL, box_x1 IS NULL, landmarks IS NULL"
+    query = f"SELECT {columns} FROM read_parquet($1) ORDER BY uri, face_index"
     rows = duckdb.execute(query, [str(tmp_path / "labels" / facts.path)]).fetchall()
-    assert rows == [("a", "ok", None, 0.25, False)] * 2 + [("b", "crashed", "it died", None, True)] * 3
+    assert rows == [
+        ("a", 0, 2, "ok", None, 0.25, False, False, False),
+        ("a", 1, 2, "ok", None, 0.25, False, False, False),
+        ("b", -1, 0, "crashed", "it died", None, True, True, True),
+    ]
 
 
 def test_the_driver_learns_the_files_that_were_written(sink, label_rows):
