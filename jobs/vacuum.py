@@ -10,6 +10,10 @@ that still holds a row of it; with `--older-than 0s` at once. Three things are b
 versions (a lifecycle rule must end them; a warning says so), copies that `mgmtn query` made of a table in S3 (the
 folder MGMTN_CACHE, by default ~/.cache/mgmtn), and what others have copied.
 
+Before it deletes files it commits the current state again, as a snapshot with the same files: a run that sleeps in its
+commit, and has lost its lease meanwhile, then finds its number taken and cannot list what is gone. Both count as one
+for `--keep`, and as the current one above.
+
 Killed at any moment it leaves every remaining snapshot readable, and the next vacuum does the rest.
 """
 
@@ -27,7 +31,7 @@ from pydantic_settings import CliPositionalArg
 
 from jobs.data.lease import LeaseSettings, held
 from jobs.data.object_store import is_s3
-from jobs.data.retention import Retention, Sweep, delete, plan_sweep
+from jobs.data.retention import Retention, Sweep, delete, fence, plan_sweep
 from jobs.data.snapshots import LabelTable
 from jobs.settings import Settings, run_program
 
@@ -62,12 +66,18 @@ def duration(text: str) -> timedelta:
     """`90m`, `12h`, `7d` or `2w` as a time span.
 
     Raises:
-        ValueError: for any other text.
+        ValueError: for any other text, and for one that is longer than the calendar.
     """
     found = _DURATION.fullmatch(text.strip())
     if not found:
         raise ValueError("a number and a unit are wanted: s, m, h, d or w, as in 7d")
-    return timedelta(**{_UNITS[found[2]]: float(found[1])})
+    try:
+        span = timedelta(**{_UNITS[found[2]]: float(found[1])})
+    except OverflowError:
+        span = timedelta.max
+    if span > datetime.now(UTC) - datetime.min.replace(tzinfo=UTC):
+        raise ValueError(f"{text!r} is longer than the calendar")
+    return span
 
 
 def run(settings: VacuumSettings) -> dict[str, Any]:
@@ -89,6 +99,9 @@ def run(settings: VacuumSettings) -> dict[str, Any]:
             log.info(
                 "event=deleting snapshots=%d files=%d bytes=%d", len(sweep.snapshots), len(sweep.files), sweep.bytes
             )
+            if sweep.files:
+                lease.confirm()
+                sweep = fence(table, sweep, run_id=run_id)
             delete(table, sweep, check=lease.confirm)
             for upload in uploads:
                 upload.give_up()

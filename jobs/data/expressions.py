@@ -63,16 +63,18 @@ def known_column(name: str, *, columns: Sequence[str]) -> str:
     Raises:
         ConfigError: if there is none.
     """
-    if name.lower() in columns:
-        return name.lower()
+    if name in columns:
+        return name
+    lower = {column.lower(): column for column in columns}
     try:
         attribute = attribute_name(name)
     except KeyError:
         attribute = ""
-    if attribute in columns:
-        return attribute
-    close = difflib.get_close_matches(name.lower(), columns, n=1, cutoff=0.6)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    for meant in (name.lower(), attribute):
+        if meant in lower:
+            return lower[meant]
+    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.6)
+    hint = f"; did you mean {lower[close[0]]}?" if close else ""
     raise ConfigError(f"there is no column {name!r}{hint}")
 
 

@@ -212,7 +212,7 @@ class Lease:
             ConfigError, FetchError: the store does not answer.
         """
         with self._lock:
-            if not self.lost and not self._create(self._number + 1, self._record(self.fence)):
+            if not self.lost and not self._extend():
                 self.lost = f"another run took the lease {self.fence}, which this one had not renewed in time"
             if not self.lost:
                 self._check_last()
@@ -226,10 +226,21 @@ class Lease:
             if self.lost:
                 return
             try:
-                self._create(self._number + 1, self._record(self.fence, released=True))
+                self._extend(released=True)
                 self._forget(self._number - 1)
             except (ConfigError, FetchError) as error:
                 log.warning("event=lease_not_released expires_at=%s error=%s", self._expires_at, error)
+
+    def _extend(self, *, released: bool = False) -> bool:
+        """Create the record after this run's last one; False if that is another's by now."""
+        if self._create(self._number + 1, self._record(self.fence, released=released)):
+            return True
+        # It may be a renewal of this run that was written, though the store's answer was lost.
+        number, record = _last(self._store, self._folder)
+        if record is None or (record.fence, record.holder, record.released) != (self.fence, self.holder, False):
+            return False
+        self._number, self._expires_at = number, record.expires_at
+        return self._create(number + 1, self._record(self.fence, released=released))
 
     def _check_last(self) -> None:
         # A holder that slept very long finds its next number free again: others' records were there and are cleared.

@@ -10,14 +10,14 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Final
 
 from jobs.data.object_store import ObjectInfo, is_s3, join, local_path, relative
 from jobs.data.resume import RUN_DIRECTORY, Unfinished, discarded_files, unfinished_runs
-from jobs.data.snapshots import LabelTable, Snapshot
+from jobs.data.snapshots import LabelTable, Snapshot, SnapshotConflict, next_snapshot
 from jobs.outcomes import LeaseHeld
 from mgmtn.errors import ConfigError
 
@@ -31,11 +31,11 @@ _THREADS: Final = 16
 
 @dataclass(frozen=True)
 class Retention:
-    """What stays: every snapshot that was the current one since `cutoff`, and the `keep` latest in any case.
+    """What stays: every snapshot that was the current one since `cutoff`, and those of the `keep` latest states.
 
     Attributes:
         cutoff: what nobody could need since then may go; None: all of it, however new.
-        keep: snapshots, the current one among them, at least 1.
+        keep: states, the current one among them, at least 1; snapshots in a row with the same files are one (`fence`).
     """
 
     cutoff: datetime | None
@@ -101,7 +101,8 @@ def plan_sweep(table: LabelTable, retention: Retention) -> Sweep:
     kept, dropped = _divide(snapshots, retention)
     needed = {file.path for snapshot in kept for file in snapshot.files}
     released = {file.path for snapshot in dropped for file in snapshot.files} - needed
-    objects = {relative(info.uri, folder=table.uri): info for info in table.store.list(table.uri + "/", ordered=False)}
+    listed = table.store.list(table.uri.rstrip("/") + "/", ordered=False)
+    objects = {relative(info.uri, folder=table.uri): info for info in listed}
     runs = unfinished_runs(table)
     waiting = _waiting_runs(runs, objects, retention)
     discarded = discarded_files(table)
@@ -132,7 +133,8 @@ def _divide(snapshots: Iterable[Snapshot], retention: Retention) -> tuple[list[S
     """
     snapshots = list(snapshots)
     going = [one for one, successor in pairwise(snapshots) if retention.is_over(successor.created_at)]
-    latest = {snapshot.number for snapshot in snapshots[-retention.keep :]}
+    states = [[*same] for _, same in groupby(snapshots, key=lambda snapshot: [file.path for file in snapshot.files])]
+    latest = {snapshot.number for same in states[-retention.keep :] for snapshot in same}
     gone = {snapshot.number for snapshot in going} - latest
     return (
         [snapshot for snapshot in snapshots if snapshot.number not in gone],
@@ -188,6 +190,40 @@ def _sort_in(
             sweep.notes.append(info.uri)
     elif not path.startswith("_"):
         sweep.foreign += 1
+
+
+def fence(table: LabelTable, sweep: Sweep, *, run_id: str) -> Sweep:
+    """Commit the current state again, so that no run which sleeps in its commit can still publish files that go.
+
+    Such a run has checked its files and lost its lease since; its own were never listed, or a snapshot that goes lists
+    them. The number that it is about to create is that of this snapshot.
+
+    Args:
+        table: the label table.
+        sweep: from `plan_sweep`, made while this run held the lease.
+        run_id: of this run, which still holds it.
+
+    Returns:
+        The sweep, with the new snapshot as the current one.
+
+    Raises:
+        LeaseHeld: another run has committed since the sweep was planned.
+        ConfigError: a file of the current snapshot is missing: an older one may be what is left to restore.
+    """
+    current = table.at(sweep.current)
+    again = next_snapshot(
+        current,
+        files=current.files,
+        run_id=run_id,
+        model_id=current.model_id,
+        thresholds_id=current.thresholds_id,
+        inventory_digest=current.inventory_digest,
+    )
+    try:
+        number = table.commit(again).number
+    except SnapshotConflict as error:
+        raise LeaseHeld(str(error)) from error
+    return replace(sweep, current=number, kept_snapshots=[*sweep.kept_snapshots, number])
 
 
 def delete(table: LabelTable, sweep: Sweep, *, check: Callable[[], None]) -> None:

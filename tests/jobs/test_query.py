@@ -167,6 +167,14 @@ def test_sql_takes_any_select_over_the_view(labels, capsys):
     assert rows == [{"status": "no_face", "images": 1}, {"status": "decode_error", "images": 1}]
 
 
+@pytest.mark.parametrize("wanted", ["Path", "path"])
+def test_a_column_that_sql_names_in_capitals_can_be_chosen(labels, capsys, wanted):
+    sql = "SELECT uri AS Path, status FROM faces WHERE status = 'no_face'"
+    assert main([str(labels), "--sql", sql, "--columns", wanted, "--format", "json"]) == 0
+    [row] = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert list(row) == ["Path"]
+
+
 def test_an_earlier_snapshot_can_be_asked(labels, capsys):
     commit(labels, [face("/photos/new.jpg", smiling=1.0)], run_id="r2")
     assert len(found(capsys, labels, "smiling")) == 3

@@ -1,5 +1,6 @@
 """Vacuum as a program; above all: of a picture that was withdrawn nothing is left."""
 
+import itertools
 import json
 from datetime import timedelta
 from pathlib import Path
@@ -9,13 +10,15 @@ import duckdb
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import compact, files, query
+from jobs import compact, files, query, snapshots
 from jobs.data.lease import LeaseSettings, held
 from jobs.data.object_store import open_store
 from jobs.data.parts import write_part
+from jobs.data.retention import plan_sweep
 from jobs.data.schema import image_id
-from jobs.data.snapshots import LabelTable
+from jobs.data.snapshots import LabelTable, next_snapshot
 from jobs.vacuum import VacuumSettings, duration, main, run
+from mgmtn.errors import ConfigError
 
 WITHDRAWN = "withdrawn/picture.jpg"
 
@@ -78,6 +81,15 @@ def test_nor_does_any_object_of_a_table_in_s3_or_a_part_of_a_torn_upload(bucket,
 
 
 @pytest.mark.integration
+def test_a_prefix_may_end_in_a_slash(bucket, add_night, label_rows):
+    fill(f"{bucket}/labels", add_night, label_rows)
+    assert run(VacuumSettings(labels=f"{bucket}/labels/", dry_run=True))["kept"]["files"] == 4
+    assert run(VacuumSettings(labels=f"{bucket}/labels/", older_than="0s"))["deleted"]["files"] == 2
+    assert run(VacuumSettings(labels=f"{bucket}/labels", older_than="0s"))["deleted"]["files"] == 0
+    assert [uri for uri in objects_with(f"{bucket}/labels") if uri.endswith(".parquet")] == []
+
+
+@pytest.mark.integration
 def test_a_bucket_that_keeps_versions_is_warned_of(bucket, add_night, caplog):
     add_night(f"{bucket}/labels", {"a": 1})
     run(VacuumSettings(labels=f"{bucket}/labels", older_than="0s"))
@@ -116,8 +128,8 @@ def test_a_vacuumed_snapshot_is_named_to_whoever_asks_for_it(labels, add_night, 
     for program in (query, files):
         assert program.main([labels, "--snapshot", "1"]) == 2
         assert "snapshot 1 has been vacuumed; those that are left begin with 2" in capsys.readouterr().err
-        assert program.main([labels, "--snapshot", "4"]) == 2
-        assert "snapshot 4 is not there yet; the latest is 3" in capsys.readouterr().err
+        assert program.main([labels, "--snapshot", "5"]) == 2
+        assert "snapshot 5 is not there yet; the latest is 4" in capsys.readouterr().err
     assert files.main([labels, "--snapshot", "2"]) == 0
 
 
@@ -146,6 +158,58 @@ def test_who_writes_to_the_table_keeps_vacuum_out(labels, add_night, label_rows,
     assert len(LabelTable(labels).history()) == 3
 
 
+@pytest.mark.parametrize("sleeper", ["label", "restore"])
+def test_a_run_that_sleeps_in_its_commit_cannot_publish_what_vacuum_deletes(labels, add_night, label_rows, sleeper):
+    fill(labels, add_night, label_rows)
+    table = LabelTable(labels)
+    before = table.current()
+    files = before.files if sleeper == "label" else table.at(1).files
+    if sleeper == "label":
+        own = write_part(label_rows({"late": 1}), store=table.store, labels_uri=labels, model_id="m1", run_id="late")
+        files = (*files, own)
+    late = next_snapshot(before, files=files, run_id="late", model_id="m1", inventory_digest="late")
+    table.verify(late.files)  # the last that it does before it sleeps
+    assert run(VacuumSettings(labels=labels, older_than="0s"))["kept"]["snapshots"] == [3, 4]
+    with pytest.raises(ConfigError, match="missing"):
+        table.verify(late.files)
+    assert not table.store.put_if_absent(table.snapshot_uri(late.number), late.model_dump_json().encode())
+    table.verify(table.current().files)
+
+
+def test_a_run_that_commits_before_the_fence_keeps_its_files(labels, add_night, label_rows, monkeypatch, capsys):
+    fill(labels, add_night, label_rows)
+    plans = itertools.count()
+
+    def plan(table, retention):
+        sweep = plan_sweep(table, retention)
+        if next(plans) == 1:  # that under the lease
+            add_night(labels, {"late": 1}, run_id="late")
+        return sweep
+
+    monkeypatch.setattr("jobs.vacuum.plan_sweep", plan)
+    assert main([labels, "--older-than", "0s"]) == 75
+    assert "another run committed snapshot 4 first" in capsys.readouterr().err
+    table = LabelTable(labels)
+    assert [snapshot.number for snapshot in table.history()] == [1, 2, 3, 4]
+    for snapshot in table.history():
+        table.verify(snapshot.files)
+
+
+def test_the_state_is_committed_again_as_it_is_and_only_where_files_go(labels, add_night, label_rows, capsys):
+    fill(labels, add_night, label_rows)
+    before = LabelTable(labels).current()
+    assert run(VacuumSettings(labels=labels))["kept"]["snapshots"] == [1, 2, 3]
+    assert run(VacuumSettings(labels=labels, older_than="0s"))["kept"]["snapshots"] == [3, 4]
+    assert run(VacuumSettings(labels=labels, older_than="0s"))["kept"]["snapshots"] == [3, 4]
+    after = LabelTable(labels).current()
+    own = {"number", "parent", "created_at", "run_id"}
+    assert after.model_dump(exclude=own) == before.model_dump(exclude=own)
+    assert (after.parent, after.planned, after.pace) == (3, {}, None)
+    assert snapshots.main([labels, "--snapshot", "4", "--format", "json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert (row["planned"], row["seconds"], "-vacuum-" in row["run_id"]) == ({}, None, True)
+
+
 @pytest.mark.parametrize(
     ("text", "span"),
     [
@@ -164,6 +228,12 @@ def test_ages_have_a_unit(text, span):
 def test_an_age_that_is_none_is_a_wrong_setting(labels, capsys, text):
     assert main([labels, f"--older-than={text}"]) == 2
     assert "--older-than: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["999999d", "9999999999d", "9" * 400 + "s"])
+def test_an_age_that_is_longer_than_the_calendar_is_a_wrong_setting(labels, capsys, text):
+    assert main([labels, f"--older-than={text}"]) == 2
+    assert f"'{text}' is longer than the calendar" in "".join(capsys.readouterr().err.splitlines())
 
 
 def test_no_table_is_a_mistake_and_leaves_nothing_behind(tmp_path, capsys):

@@ -72,6 +72,16 @@ def test_celebas_spelling_is_understood():
     assert known_column("Big Lips", columns=COLUMNS) == "big_lips"
 
 
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("Path", "Path"), ("path", "Path"), ("Young", "Young"), ("young", "Young"), ("SMILING", "smiling")],
+)
+def test_a_column_is_found_in_any_case_its_own_included(name, found):
+    assert known_column(name, columns=["Path", "Young", "smiling"]) == found
+    with pytest.raises(ConfigError, match="did you mean Path"):
+        known_column("Pth", columns=["Path", "Young", "smiling"])
+
+
 @pytest.mark.parametrize("expression", ["", "  ", "\n"])
 def test_an_empty_expression_holds_for_every_row(expression):
     assert value(expression) is True

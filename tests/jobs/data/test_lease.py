@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from jobs.data.lease import EXIT_TERMINATED, Lease, LeaseRecord, LeaseSettings, current_holder, held
+from jobs.data.object_store import LocalStore
 from jobs.outcomes import LeaseHeld
 from mgmtn.errors import ConfigError
 
@@ -29,6 +30,23 @@ def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
     monkeypatch.setattr("jobs.data.lease._now", lambda: datetime.now(UTC) + timedelta(seconds=passed[0]))
     return wait
+
+
+@pytest.fixture
+def unanswered(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Let the next object be written and its writer not learn it."""
+    due = []
+    create = LocalStore.put_if_absent
+
+    def put_if_absent(store: LocalStore, uri: str, data: bytes) -> bool:
+        created = create(store, uri, data)
+        if due:
+            due.pop()
+            raise ConfigError("no answer")
+        return created
+
+    monkeypatch.setattr(LocalStore, "put_if_absent", put_if_absent)
+    return lambda: due.append(True)
 
 
 def lease(labels: Path, holder: str = "r1", settings: LeaseSettings = LONG) -> Lease:
@@ -142,6 +160,55 @@ def test_a_holder_that_slept_while_others_came_and_went_notices(tmp_path, later)
     with pytest.raises(LeaseHeld, match="others have held it since"):
         sleeper.confirm()
     assert taken(tmp_path, "r4").fence == 4
+
+
+def test_a_renewal_that_landed_without_an_answer_is_this_runs_own(tmp_path, unanswered):
+    mine = taken(tmp_path)
+    for _ in range(3):
+        unanswered()
+        with pytest.raises(ConfigError, match="no answer"):
+            mine.confirm()
+        mine.confirm()
+        with pytest.raises(LeaseHeld, match="run r1"):
+            taken(tmp_path, "r2")
+    assert (mine.fence, len(records(tmp_path))) == (1, 2)
+    mine.release()
+    assert taken(tmp_path, "r2").fence == 2
+
+
+def test_a_renewal_without_an_answer_does_not_keep_the_lease_from_being_given_back(tmp_path, unanswered):
+    mine = taken(tmp_path)
+    unanswered()
+    with pytest.raises(ConfigError):
+        mine.confirm()
+    mine.release()
+    assert current_holder(str(tmp_path)).released
+    assert taken(tmp_path, "r2").fence == 2
+
+
+@pytest.mark.parametrize("holder", ["r2", "r1"])
+def test_a_renewal_without_an_answer_does_not_hide_that_another_took_the_lease(tmp_path, unanswered, later, holder):
+    late = taken(tmp_path)
+    unanswered()
+    with pytest.raises(ConfigError):
+        late.confirm()
+    elsewhere(tmp_path)
+    later(4000)
+    other = taken(tmp_path, holder)
+    for _ in range(2):
+        with pytest.raises(LeaseHeld, match="another run took the lease 1"):
+            late.confirm()
+    late.release()
+    other.confirm()
+    assert (other.fence, current_holder(str(tmp_path)).released) == (2, False)
+
+
+def test_a_lease_that_was_given_back_without_an_answer_is_not_held(tmp_path, unanswered):
+    mine = taken(tmp_path)
+    unanswered()
+    mine.release()
+    with pytest.raises(LeaseHeld):
+        mine.confirm()
 
 
 def test_a_run_that_loses_its_lease_is_interrupted(tmp_path):

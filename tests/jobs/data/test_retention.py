@@ -13,7 +13,7 @@ import pytest
 from jobs.data.parts import write_part
 from jobs.data.plan import DUE_SCHEMA
 from jobs.data.resume import RunNote, adopt, announce, refuse, unfinished_runs
-from jobs.data.retention import Retention, delete, plan_sweep
+from jobs.data.retention import Retention, delete, fence, plan_sweep
 from jobs.data.schema import image_id
 from jobs.data.snapshots import LabelTable, Snapshot
 from jobs.outcomes import LeaseHeld
@@ -84,6 +84,20 @@ def test_a_snapshot_goes_when_it_was_replaced_long_ago(table, older_than, keep, 
     assert whole(table) == sweep.kept_snapshots
     kept = {uri for snapshot in table.history() for uri in table.files(snapshot)}
     assert {str(path) for path in Path(table.uri).rglob("*.parquet")} == kept
+
+
+def test_a_fence_counts_as_one_with_the_state_that_it_repeats(table):
+    [four, five] = table.history()[3:]
+    for number in (6, 7):
+        sweep = plan_sweep(table, Retention.of(NOW, keep=2))
+        assert sweep.kept_snapshots == list(range(4, number))
+        fenced = fence(table, sweep, run_id="v")
+        assert (fenced.current, fenced.kept_snapshots) == (number, list(range(4, number + 1)))
+        delete(table, fenced, check=lambda: None)
+    assert whole(table) == [4, 5, 6, 7]
+    assert table.at(4).files == four.files
+    assert table.current().files == five.files
+    assert plan_sweep(table, Retention.of(NOW)).kept_snapshots == [5, 6, 7]
 
 
 def test_a_file_that_a_kept_snapshot_needs_stays_however_old(tmp_path, add_night):
