@@ -38,7 +38,7 @@ from jobs.data.forecast import expected_seconds
 from jobs.data.gate import Finding, GateSettings, check_inventory, check_run
 from jobs.data.inventory import inventory_digest, write_inventory
 from jobs.data.lease import LeaseSettings, ending_on_sigterm, held
-from jobs.data.ledger import progress_shown, start_ledger
+from jobs.data.ledger import progress_shown, settings_of_workers, start_ledger
 from jobs.data.models import resolve_model
 from jobs.data.parts import FileFacts
 from jobs.data.pipeline import label_flow
@@ -270,7 +270,7 @@ def label(settings: LabelSettings, job: Run, work: Work, metrics: RunMetrics) ->
             model_workers=settings.model_workers,
         )
         checkpoint, ledger = ray.put(job.checkpoint), start_ledger()
-        with progress_shown(ledger, images=work.images, report=metrics.count):
+        with settings_of_workers(ledger), progress_shown(ledger, images=work.images, report=metrics.count):
             for due in work.tables:
                 sink = LabelSink(
                     settings.output,

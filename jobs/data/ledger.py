@@ -1,5 +1,8 @@
 """What a run's workers tell one actor: images done, for the driver to show, and work begun that has not ended.
 
+A worker whose settings do not serve it, as credentials that only the driver has, tells that too: the driver would
+otherwise learn of it as of an error in our code (`settings_of_workers`).
+
 A worker process may die in its work: a decoder's crash, too little memory, a lost node. Ray starts it again and hands
 it the same block, and would do so for ever if an image of the block is what kills it. So a worker says what it begins;
 one that hangs in it ends itself (`jobs.data.watchdog`), which is a death like any other.
@@ -22,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from jobs.data.schema import FAILED, Status
 from jobs.data.watchdog import ended_if_it_hangs
 from jobs.telemetry import progress_bar
+from mgmtn.errors import CheckpointError, ConfigError, MgmtnError
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +38,7 @@ class Ledger:
     def __init__(self) -> None:
         self._outcomes: Counter[str] = Counter()
         self._begun: Counter[str] = Counter()
+        self._refusal: MgmtnError | None = None
 
     def add(self, counts: dict[str, int]) -> None:
         """Count finished images by status, and `faces`."""
@@ -52,6 +57,14 @@ class Ledger:
     def end(self, work: str) -> None:
         """Note that it has ended, and that nobody died of it."""
         del self._begun[work]
+
+    def refuse(self, error: MgmtnError) -> None:
+        """Note why no worker can do the work."""
+        self._refusal = self._refusal or error
+
+    def refusal(self) -> MgmtnError | None:
+        """The first that `refuse` was told."""
+        return self._refusal
 
 
 def start_ledger() -> Any:
@@ -83,8 +96,9 @@ class Survivor:
             ledger: of the run.
             task_timeout: seconds after which a step of its work counts as hanging; 0: no limit. Its start has none.
         """
-        self.stage: Stage = self.stage_class(*arguments)
         self.ledger = ledger
+        with self._refusals_told():
+            self.stage: Stage = self.stage_class(*arguments)
         self.task_timeout = task_timeout
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -112,8 +126,16 @@ class Survivor:
         return result
 
     def _watched(self, batch: pa.Table, work: str) -> pa.Table:
-        with ended_if_it_hangs(work, seconds=self.task_timeout):
+        with self._refusals_told(), ended_if_it_hangs(work, seconds=self.task_timeout):
             return self.stage(batch)
+
+    @contextmanager
+    def _refusals_told(self) -> Iterator[None]:
+        try:
+            yield
+        except (ConfigError, CheckpointError) as error:
+            ray.get(self.ledger.refuse.remote(error))
+            raise
 
 
 def surviving(stage: type) -> type[Survivor]:
@@ -128,6 +150,22 @@ def images_of(batch: pa.Table) -> Iterator[pa.Table]:
     for end in runs.run_ends.to_pylist():
         yield batch.slice(start, end - start)
         start = end
+
+
+@contextmanager
+def settings_of_workers(ledger: Any) -> Iterator[None]:
+    """Around a flow of `surviving` stages: wrong settings of a worker's end it as those of the driver do.
+
+    Raises:
+        ConfigError, CheckpointError: what the worker raised.
+    """
+    try:
+        yield
+    except ray.exceptions.RayError as error:  # of a task, or of an actor that could not start
+        refusal = ray.get(ledger.refusal.remote())
+        if refusal is None:
+            raise
+        raise refusal from error
 
 
 @contextmanager

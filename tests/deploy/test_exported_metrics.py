@@ -151,6 +151,7 @@ for arguments in sys.argv[2], sys.argv[3]:
 print("finished", flush=True)
 sys.stdin.read()
 """
+COPIES = 12  # of some seven photographs
 
 
 @dataclass(frozen=True)
@@ -219,10 +220,13 @@ def _two_nights(folder: Path, port: int) -> list[str]:
     photos = folder / "photos"
     demo.run(demo.DemoSettings(output=photos))
     faces = sorted(path for path in photos.iterdir() if path.name in ("astronaut.png", "collage.jpg", "cat.png"))
+    # The second night must last some seconds: an increase shows only where it falls between two looks.
+    for copy in range(COPIES):
+        shutil.copytree(photos, folder / "copies" / str(copy))
     common = ["--output", str(folder / "labels"), "--model", str(model), "--face-workers", "1", "--model-workers", "1"]
     common += ["--max-failed-fraction", "1", "--metrics.textfile", str(folder / "mgmtn.prom")]
     common += ["--metrics.port", str(port), "--metrics.host", "127.0.0.1", "--metrics.linger-seconds", "5"]
-    return ["|".join([*map(str, faces), *common]), "|".join([str(photos), *common])]
+    return ["|".join([*map(str, faces), *common]), "|".join([str(photos), str(folder / "copies"), *common])]
 
 
 def _until(end: str, read: Callable[[], str]) -> Iterator[str]:

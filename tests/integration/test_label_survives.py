@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from jobs import label
 from jobs.data.snapshots import LabelTable
 from jobs.label import LabelSettings
 from mgmtn.checkpoint import Card, Checkpoint
+from mgmtn.errors import ConfigError
 from mgmtn.landmarks import MediaPipeSettings
 from mgmtn.network import MGMTN, NetworkSettings
 
@@ -105,6 +107,32 @@ class HangingLabelSettings(LabelSettings):
         return HangingSettings()
 
 
+class RefusingDetector:
+    """The embedded detector where its settings serve: with the driver alone."""
+
+    def __init__(self, driver: int) -> None:
+        self._driver = driver
+        self._detector = MediaPipeSettings().build()
+
+    def fit(self, images: list[np.ndarray]) -> list[Any]:
+        if os.getpid() != self._driver:
+            raise ConfigError("this node has no weights")
+        return self._detector.fit(images)
+
+
+@dataclass(frozen=True)
+class RefusingSettings:
+    driver: int
+
+    def build(self) -> RefusingDetector:
+        return RefusingDetector(self.driver)
+
+
+class RefusingLabelSettings(LabelSettings):
+    def chosen_detector(self) -> Any:
+        return RefusingSettings(os.getpid())
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(0)
@@ -170,6 +198,16 @@ def test_a_picture_that_its_process_hangs_in_is_one_crashed_row(pictures: Path, 
     crashed = {Path(row["uri"]).name: row["error"] for row in rows(tmp_path / "labels") if row["status"] == "crashed"}
     assert set(crashed) == {"endless.png", "locking.png"}
     assert all("hung" in error for error in crashed.values())
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_settings_that_serve_the_driver_and_no_worker_are_still_wrong_settings(
+    pictures: Path, tmp_path: Path, model: str
+) -> None:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with pytest.raises(ConfigError, match="this node has no weights"):
+        label.run(settings(RefusingLabelSettings, pictures, tmp_path / "labels", model))
+    assert LabelTable(str(tmp_path / "labels")).current() is None
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -3,9 +3,11 @@ from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
+import ray
 
-from jobs.data.ledger import DEATHS, Ledger, images_of, surviving
+from jobs.data.ledger import DEATHS, Ledger, images_of, settings_of_workers, surviving
 from jobs.data.schema import Status
+from mgmtn.errors import ConfigError
 
 
 class Stage:
@@ -75,7 +77,7 @@ class Handle:
 
     def __init__(self) -> None:
         ledger = Ledger()
-        for name in ("begin", "end"):
+        for name in ("begin", "end", "refuse", "refusal"):
             setattr(self, name, SimpleNamespace(remote=getattr(ledger, name)))
 
 
@@ -115,3 +117,38 @@ def test_only_the_image_that_kills_its_process_is_given_up(
     again, more = worked_on(batch, handle, deadly=deadly)
     assert again == outcomes
     assert more <= 1
+
+
+class Misconfigured(Stage):
+    """A stage that cannot start, or not work, on its machine."""
+
+    def __init__(self, factor: int) -> None:
+        if factor == 0:
+            raise ConfigError("no weights")
+        super().__init__(factor)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        raise ConfigError("no credentials")
+
+
+@pytest.mark.parametrize(("factor", "said"), [(0, "no weights"), (1, "no credentials")])
+def test_what_is_wrong_with_a_workers_settings_reaches_the_driver_as_that(
+    monkeypatch: pytest.MonkeyPatch, factor: int, said: str
+):
+    monkeypatch.setattr("jobs.data.ledger.ray.get", lambda answer: answer)
+    handle = Handle()
+
+    def work() -> None:
+        try:
+            surviving(Misconfigured)((factor,), handle)(pa.table({"image_id": ["a"]}))
+        except ConfigError as error:
+            raise ray.exceptions.ActorDiedError from error  # as Ray tells the driver, without the error itself
+
+    with pytest.raises(ConfigError, match=said), settings_of_workers(handle):
+        work()
+
+
+def test_an_error_that_is_nobodys_settings_stays_what_it_is(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("jobs.data.ledger.ray.get", lambda answer: answer)
+    with pytest.raises(ray.exceptions.ActorDiedError), settings_of_workers(Handle()):
+        raise ray.exceptions.ActorDiedError
