@@ -8,6 +8,7 @@ with its training's log and its evaluation. A run that is finished is not made a
 
 import json
 import logging
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -19,9 +20,9 @@ from typing import Any, Final
 
 import numpy as np
 import tomli_w
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 
-from jobs.settings import Settings, run_program
+from jobs.settings import Place, Settings, run_program
 from jobs.telemetry import progress_bar
 from mgmtn.attributes import GROUPS
 from mgmtn.errors import ConfigError, MgmtnError
@@ -40,13 +41,20 @@ class RunFailed(MgmtnError):
 class AblationSettings(Settings):
     """Settings of an ablation."""
 
-    output: Path = Field(description="folder of all runs and of the table, ablation.md")
-    data: tuple[Path, ...] = Field(description="folders of training tables; their train rows are learned from")
-    test: tuple[Path, ...] = Field(description="folders of training tables; their test rows are measured on")
+    output: Path = Field(description="local folder of all runs and of the table, ablation.md")
+    data: tuple[Place, ...] = Field(description="folders of training tables; their train rows are learned from")
+    test: tuple[Place, ...] = Field(description="folders of training tables; their test rows are measured on")
     common: dict[str, Any] = Field(default_factory=dict, description="settings of mgmtn train attributes")
     arms: dict[str, dict[str, Any]] = Field(description="what each arm changes; the first is the reference")
     seeds: tuple[int, ...] = Field((0, 1), min_length=1, description="each arm is trained once with each")
     parallel: PositiveInt = Field(1, description="runs at the same time, each with its workers' CPUs")
+
+    @field_validator("output")
+    @classmethod
+    def _is_local(cls, folder: Path) -> Path:
+        if str(folder).startswith("s3:/"):  # a path has one slash where a URI has two
+            raise ValueError("the runs are compared in a local folder; data and test may be s3:// URIs")
+        return folder
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ def run(settings: AblationSettings) -> dict[str, Any]:
     runs = planned_runs(settings)
     for job in runs:
         check_same(job)
-    todo = [job for job in runs if not job.metrics.exists()]
+    todo = [job for job in runs if not is_measured(job, test=settings.test)]
     with progress_bar("ablation", total=len(todo), unit="runs") as bar, ThreadPoolExecutor(settings.parallel) as pool:
         failures = []
         for job, failure in zip(todo, pool.map(lambda job: make(job, test=settings.test), todo), strict=True):
@@ -90,7 +98,7 @@ def run(settings: AblationSettings) -> dict[str, Any]:
 
 def planned_runs(settings: AblationSettings) -> list[Run]:
     """Every arm with every seed, a seed at a time, so that a comparison exists early."""
-    data = {"data": [str(folder) for folder in settings.data]}
+    data = {"data": list(settings.data)}
     return [
         Run(
             arm,
@@ -123,14 +131,22 @@ def check_same(job: Run) -> None:
         raise ConfigError(f"output: {str(job.folder)!r} was made with other settings; remove it, or use another folder")
 
 
-def make(job: Run, *, test: Sequence[Path]) -> str:
+def is_measured(job: Run, *, test: Sequence[str]) -> bool:
+    """True if a run has been measured, on these test tables and no others."""
+    if not job.metrics.exists():
+        return False
+    words = shlex.split(_metrics(job)["command"])
+    return words[words.index("--data") + 1] == ",".join(test)
+
+
+def make(job: Run, *, test: Sequence[str]) -> str:
     """Train and evaluate in processes of their own; what went wrong, or nothing."""
     job.folder.mkdir(parents=True, exist_ok=True)
     config = job.folder / TRAIN_FILE
     config.write_text(tomli_w.dumps(job.settings), encoding="utf-8")
     train = ["jobs.train", "attributes", "--config", str(config), "--output", str(job.folder)]
     model, report = str(job.folder / "checkpoint"), str(job.metrics.parent)
-    tests = ",".join(map(str, test))
+    tests = ",".join(test)
     evaluate = ["jobs.evaluate", "--model", model, "--data", tests, "--split", "test", "--output", report]
     if job.settings.get("network", {}).get("masks") == "landmarks":
         evaluate += ["--masks", "landmarks"]

@@ -21,7 +21,7 @@ from jobs.data.lease import Lease, LeaseSettings, held
 from jobs.data.parts import ROW_GROUP_ROWS, FileFacts
 from jobs.data.snapshots import LabelTable, Snapshot, SnapshotConflict, next_snapshot
 from jobs.outcomes import LeaseHeld
-from jobs.settings import Settings, run_program
+from jobs.settings import Place, Settings, run_program
 from mgmtn.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ ROWS_PER_FILE: Final = 4 * ROW_GROUP_ROWS
 class CompactSettings(Settings):
     """Settings of `mgmtn compact`."""
 
-    labels: CliPositionalArg[str] = Field(description="the label table: a folder or an S3 prefix")
+    labels: CliPositionalArg[Place] = Field(description="the label table: a folder or an S3 prefix")
     rows_per_file: PositiveInt = Field(
         ROWS_PER_FILE, description="rows of a new file, about; smaller than half of it, a file is small. 0.7 KB a row"
     )

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -28,9 +29,11 @@ from pydantic import Field, PositiveInt
 
 from jobs.data.batches import plain_batches
 from jobs.data.models import resolve_model
+from jobs.data.object_store import canonical_uri, new_files
 from jobs.data.training_table import Description, iterate_samples, unreadable_labels
 from jobs.mask_agreement import mask_agreement
-from jobs.settings import Settings, run_program
+from jobs.outcomes import all_of
+from jobs.settings import Place, Settings, run_program
 from jobs.telemetry import progress_bar
 from mgmtn.allocator import keep_freed_memory
 from mgmtn.attributes import ATTRIBUTES, GROUP_ATTRIBUTES
@@ -70,9 +73,9 @@ class EvaluateSettings(Settings):
     """Settings of `mgmtn evaluate`."""
 
     model: str = Field(description="a model that ships, or a checkpoint's folder, local or s3://")
-    data: tuple[Path, ...] = Field(description="folders of training tables (mgmtn prepare), comma-separated")
+    data: tuple[Place, ...] = Field(description="folders of training tables (mgmtn prepare), comma-separated")
     split: Literal["train", "validation", "test"] = Field("test", description="rows to measure on")
-    output: Path = Field(description="folder for metrics.json, metrics.md and pictures")
+    output: Place = Field(description="folder for metrics.json, metrics.md and pictures, local or s3://")
     masks: Literal["learned", "landmarks"] = Field("learned", description="the model's own, or those of the table")
     limit: int = Field(0, ge=0, description="pictures measured, the first, readable ones before others; 0: all")
     batch_size: PositiveInt = Field(64, description="faces in one forward pass")
@@ -107,7 +110,9 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
             `record` without a local folder to record in.
         CheckpointError: there is no such model, or its answers are not finite.
     """
-    checkpoint = resolve_model(settings.model)
+    checkpoint, *_ = all_of(
+        lambda: resolve_model(settings.model), *(partial(Description.load, folder) for folder in settings.data)
+    )
     _check_device(settings.device)
     if settings.record:
         _card_file(settings)
@@ -150,8 +155,7 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
         summary["mask_iou"] = mask_agreement(
             labeller.network.mask_net, settings.data, split=settings.split, limit=settings.limit
         )
-    summary["output"] = str(settings.output)
-    settings.output.mkdir(parents=True, exist_ok=True)
+    summary["output"] = settings.output
     command = _command(settings)
     everything = summary | {
         "command": command,
@@ -159,11 +163,12 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
         "groups": {figure: figures.group_means(figure) for figure in GROUP_FIGURES},
         "attributes": figures.as_dict(),
     }
-    (settings.output / "metrics.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
-    (settings.output / "metrics.md").write_text(as_markdown(figures, summary, command), encoding="utf-8")
-    draw_reliability(settings.output / "reliability.png", answers, calibrated=probabilities, raw=raw)
-    draw_accuracy(settings.output / "accuracy.png", figures)
-    draw_worst(settings, answers, probabilities - labeller.thresholds, probabilities)
+    with new_files(canonical_uri(settings.output)) as folder:
+        (folder / "metrics.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+        (folder / "metrics.md").write_text(as_markdown(figures, summary, command), encoding="utf-8")
+        draw_reliability(folder / "reliability.png", answers, calibrated=probabilities, raw=raw)
+        draw_accuracy(folder / "accuracy.png", figures)
+        draw_worst(folder / "worst.png", settings, answers, probabilities - labeller.thresholds, probabilities)
     if settings.record:
         record(settings, checkpoint, summary | {"command": command})
     return summary
@@ -180,12 +185,12 @@ def run_masks(settings: EvaluateSettings, checkpoint: Checkpoint) -> dict[str, A
         mask_net, settings.data, split=settings.split, limit=settings.limit, batch_size=settings.batch_size
     )
     summary = {"model_id": checkpoint.card.model_id, "split": settings.split, "mask_iou": agreement}
-    settings.output.mkdir(parents=True, exist_ok=True)
     everything = summary | {"command": _command(settings), "date": f"{datetime.now(UTC):%Y-%m-%d}"}
-    (settings.output / "metrics.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    with new_files(canonical_uri(settings.output)) as folder:
+        (folder / "metrics.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
     if settings.record:
         record(settings, checkpoint, summary | {"command": _command(settings)})
-    return summary | {"output": str(settings.output)}
+    return summary | {"output": settings.output}
 
 
 def ask(settings: EvaluateSettings, labeller: Labeller) -> Answers:
@@ -216,7 +221,7 @@ def ask(settings: EvaluateSettings, labeller: Labeller) -> Answers:
             if progress.done == settings.limit:
                 break
     if not parts:
-        folders = ", ".join(map(str, settings.data))
+        folders = ", ".join(settings.data)
         raise ConfigError(f"split: no readable picture of split {settings.split!r} in {folders}")
     fields = ("names", "logits", "labels", "known", "found")
     return Answers(*(np.concatenate([getattr(part, field) for part in parts]) for field in fields))
@@ -237,7 +242,7 @@ def _check_geometry(settings: EvaluateSettings, checkpoint: Checkpoint) -> None:
         size = Description.load(folder).image_size
         if size != network.image_size:
             raise ConfigError(
-                f"data: {str(folder)!r} was prepared for {size} pixels, {settings.model!r} looks at "
+                f"data: {folder!r} was prepared for {size} pixels, {settings.model!r} looks at "
                 f"{network.image_size}: prepare it again with --image-size {network.image_size}"
             )
 
@@ -265,11 +270,11 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _command(settings: EvaluateSettings) -> str:
-    data = ",".join(str(folder) for folder in settings.data)
-    words = ["mgmtn", "evaluate", "--model", settings.model, "--data", data, "--split", settings.split]
+    words = ["mgmtn", "evaluate", "--model", settings.model, "--data", ",".join(settings.data)]
+    words += ["--split", settings.split]
     words += ["--masks", "landmarks"] if settings.masks == "landmarks" else []
     words += ["--limit", str(settings.limit)] if settings.limit else []
-    return shlex.join([*words, "--output", str(settings.output)])
+    return shlex.join([*words, "--output", settings.output])
 
 
 def _card_file(settings: EvaluateSettings) -> Path:
@@ -287,7 +292,7 @@ def _card_file(settings: EvaluateSettings) -> Path:
 def record(settings: EvaluateSettings, checkpoint: Checkpoint, figures: dict[str, Any]) -> None:
     """Write the figures into the card of a model's local folder; its weights are not touched."""
     path = _card_file(settings)
-    name = "+".join(path.name for path in settings.data) + f"/{settings.split}"
+    name = "+".join(Path(folder).name for folder in settings.data) + f"/{settings.split}"
     measured = {key: value for key, value in figures.items() if key not in ("model_id", "output")}
     accuracy = checkpoint.card.accuracy | {name: measured | {"date": f"{datetime.now(UTC):%Y-%m-%d}"}}
     card = checkpoint.card.model_copy(update={"accuracy": accuracy})
@@ -354,10 +359,13 @@ def _save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_worst(settings: EvaluateSettings, answers: Answers, excess: np.ndarray, probabilities: np.ndarray) -> None:
+def draw_worst(
+    path: Path, settings: EvaluateSettings, answers: Answers, excess: np.ndarray, probabilities: np.ndarray
+) -> None:
     """The pictures whose labels the model contradicts most firmly, the firmest first, each with its worst label.
 
     Args:
+        path: where to draw them; nothing is drawn where no label is wrong.
         settings: where the pictures are.
         answers: the readable pictures first, in the order of the files.
         excess: probabilities less thresholds, shape `(N, 40)`.
@@ -375,7 +383,7 @@ def draw_worst(settings: EvaluateSettings, answers: Answers, excess: np.ndarray,
         name = Path(str(answers.names[index])).name
         captions.append(f"{name}\n{ATTRIBUTES[k]}\n{probabilities[index, k]:.3f}, label {label}")
     if chosen:
-        contact_sheet([faces[index] for index in chosen], captions).save(settings.output / "worst.png")
+        contact_sheet([faces[index] for index in chosen], captions).save(path)
 
 
 def _faces_at(settings: EvaluateSettings, places: Sequence[int]) -> dict[int, np.ndarray]:

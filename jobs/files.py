@@ -7,14 +7,14 @@ from pydantic import Field, PositiveInt
 from pydantic_settings import CliPositionalArg
 
 from jobs.data.snapshots import LabelTable
-from jobs.settings import Settings, run_program
+from jobs.settings import Place, Settings, run_program
 from mgmtn.errors import ConfigError
 
 
 class FilesSettings(Settings):
     """Settings of `mgmtn files`."""
 
-    labels: CliPositionalArg[str] = Field(description="the label table: a folder or an S3 prefix")
+    labels: CliPositionalArg[Place] = Field(description="the label table: a folder or an S3 prefix")
     snapshot: PositiveInt | None = Field(None, description="number of the snapshot to list; the current one if not set")
 
 

@@ -36,7 +36,7 @@ from jobs.cluster import ClusterSettings, Pools, joined, share, totals
 from jobs.data.detection import DetectionSettings, on_this_machine
 from jobs.data.forecast import expected_seconds
 from jobs.data.gate import Finding, GateSettings, check_inventory, check_run
-from jobs.data.inventory import inventory_digest, write_inventory
+from jobs.data.inventory import check_inputs, inventory_digest, write_inventory
 from jobs.data.lease import LeaseSettings, ending_on_sigterm, held
 from jobs.data.ledger import progress_shown, settings_of_workers, start_ledger
 from jobs.data.models import resolve_model
@@ -50,9 +50,9 @@ from jobs.data.schema import FAILED
 from jobs.data.sink import ROWS_PER_FILE, LabelSink
 from jobs.data.snapshots import LabelTable, Pace, Snapshot
 from jobs.data.stages import FaceMode, FaceWork
-from jobs.outcomes import ErrorBudgetExceeded, GateRefused
+from jobs.outcomes import ErrorBudgetExceeded, GateRefused, all_of
 from jobs.run_metrics import MetricsSettings, RunMetrics, reported
-from jobs.settings import Settings, run_program
+from jobs.settings import Place, Settings, run_program
 from mgmtn.checkpoint import DEFAULT_MODEL, Checkpoint
 from mgmtn.errors import ConfigError
 from mgmtn.images import ImageLimits
@@ -71,7 +71,7 @@ class LabelSettings(DetectionSettings, Settings):
         "the whole corpus of the table: an image of the table that is in none of them is taken for deleted and leaves "
         "it, unless --deletions keep. Two folders of one table belong in one command"
     )
-    output: str = Field(description="the label table: a folder or an s3:// prefix")
+    output: Place = Field(description="the label table: a folder or an s3:// prefix")
     model: str = Field(DEFAULT_MODEL, description="a model that ships, or a checkpoint's folder, local or s3://")
     faces: FaceMode = Field("detect", description="find every face, or take each picture as one face crop")
     masks: Literal["learned", "landmarks"] = Field(
@@ -82,7 +82,9 @@ class LabelSettings(DetectionSettings, Settings):
     deletions: Literal["drop", "keep"] = Field(
         "drop", description="what becomes of rows whose image is gone, that is, in none of the inputs"
     )
-    relabel: bool = Field(False, description="label every image again")
+    relabel: bool = Field(
+        False, description="label every image again, in one run: with --limit each would take the same images again"
+    )
     dry_run: bool = Field(False, description="say what is due, and why, and stop")
     max_failed_fraction: float = Field(
         0.5,
@@ -109,7 +111,8 @@ class LabelSettings(DetectionSettings, Settings):
     )
     rows_per_file: PositiveInt = Field(
         ROWS_PER_FILE,
-        description="rows gathered for a file, the last has fewer; what a run that dies has gathered is lost",
+        description="rows gathered for a file, the last has fewer; what a run that dies has gathered is lost. "
+        "mgmtn compact makes large files of small ones",
     )
     resume: bool = Field(True, description="take up the finished files of runs that died")
     accept: bool = Field(False, description="publish what the gate refuses, the files of a refused run included")
@@ -130,13 +133,29 @@ def run(settings: LabelSettings) -> dict[str, Any]:
         ErrorBudgetExceeded: too many images failed; nothing is committed.
         GateRefused: the plan, or what came of it, is too far from the table; nothing is committed.
     """
-    started = time.monotonic()
-    checkpoint = choose_model(settings)
     if settings.dry_run:
-        return _dry_summary(settings, prepare_run(settings, checkpoint))
-    run_id = new_run_id()
-    lock = held(settings.output, holder=run_id, settings=settings.lease)
-    with reported(settings.metrics) as metrics, lock as lease:
+        return _dry_summary(settings, prepare_run(settings, check(settings)))
+    with reported(settings.metrics) as metrics:
+        return _run(settings, metrics, check(settings))
+
+
+def check(settings: LabelSettings) -> Checkpoint:
+    """Load the model, and see what can be seen of the other settings before any work.
+
+    Raises:
+        ConfigError, CheckpointError: naming all that is wrong.
+    """
+    checkpoint, *_ = all_of(
+        lambda: choose_model(settings),
+        lambda: check_inputs(settings.inputs),
+        lambda: on_this_machine(settings.chosen_detector()).build(),  # its weights
+    )
+    return checkpoint
+
+
+def _run(settings: LabelSettings, metrics: RunMetrics, checkpoint: Checkpoint) -> dict[str, Any]:
+    started, run_id = time.monotonic(), new_run_id()
+    with held(settings.output, holder=run_id, settings=settings.lease) as lease:
         job = prepare_run(settings, checkpoint, run_id=run_id)
         metrics.plan(job.plan.planned)
         _tell_snapshot(metrics, job.table, job.current)
@@ -260,7 +279,6 @@ def label(settings: LabelSettings, job: Run, work: Work, metrics: RunMetrics) ->
         ConfigError: the job does not fit the cluster.
     """
     face_work = face_work_of(settings, job)
-    on_this_machine(face_work.detector).build()  # missing weights show here, once, and not in every worker
     files: list[FileFacts] = []
     # Ray's own handler of SIGTERM would end the process before the lease is given back, and outlives Ray.
     with ending_on_sigterm(), joined(settings.cluster), ending_on_sigterm():
@@ -425,7 +443,7 @@ def _dry_summary(settings: LabelSettings, job: Run) -> dict[str, Any]:
         ),
         "refused": [asdict(finding) for finding in check_inventory(job.plan, settings.gate)],
         "examples": examples,
-        "output": job.table.uri,
+        "output": settings.output,
     }
 
 

@@ -1,12 +1,12 @@
 """How well AML's masks agree with those drawn from landmarks, on faces that it has not seen."""
 
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from jobs.data.batches import plain_batches
-from jobs.data.training_table import Description, iterate_samples
+from jobs.data.training_table import Description, Folder, iterate_samples
 from jobs.telemetry import progress_bar
 from mgmtn.attributes import GROUPS
 from mgmtn.errors import ConfigError
@@ -17,7 +17,7 @@ _CHUNK = 256  # faces in memory at once
 
 @torch.inference_mode()
 def mask_agreement(
-    mask_net: MaskNet, folders: tuple[Path, ...], *, split: str, limit: int = 0, batch_size: int = 64
+    mask_net: MaskNet, folders: Sequence[Folder], *, split: str, limit: int = 0, batch_size: int = 64
 ) -> dict[str, float]:
     """Intersection over union of each group's predicted and drawn mask, over all cells of all faces of a split.
 

@@ -11,6 +11,7 @@
 | 130 | interrupted |
 """
 
+from collections.abc import Callable
 from typing import Any, Final
 
 from mgmtn.errors import CheckpointError, ConfigError, MgmtnError
@@ -48,6 +49,25 @@ class LeaseHeld(Refused):
     """Another run is writing the same table."""
 
     exit_code = 75
+
+
+def all_of(*checks: Callable[[], Any]) -> list[Any]:
+    """What several checks of the settings give; what is wrong with any of them is told at once.
+
+    Raises:
+        ConfigError, CheckpointError: the only thing that is wrong, or one that names all.
+    """
+    results, wrong = [], []
+    for check in checks:
+        try:
+            results.append(check())
+        except (ConfigError, CheckpointError) as error:
+            wrong.append(error)
+    if len(wrong) > 1:
+        raise ConfigError("; ".join(map(str, wrong)))
+    if wrong:
+        raise wrong[0]
+    return results
 
 
 def exit_code_of(error: MgmtnError) -> int | None:

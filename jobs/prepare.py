@@ -28,7 +28,7 @@ from jobs.data.preparation import Preparation, count_outcomes, dataset_digest, t
 from jobs.data.schema import ERROR_LENGTH, Status
 from jobs.data.stages import EVERYWHERE, Row, fetch_and_decode
 from jobs.data.training_table import TRAINING_SCHEMA, Description, encode_face
-from jobs.settings import Settings, run_program
+from jobs.settings import Place, Settings, run_program
 from jobs.telemetry import progress_bar
 from mgmtn.errors import ImageError
 from mgmtn.images import ImageLimits, centre_transform, face_transform, transform_points, warp_face
@@ -46,7 +46,7 @@ class PrepareSettings(DetectionSettings, Settings):
     dataset: CliPositionalArg[str] = Field(
         description="folder with labels.csv or with CelebA's or LFWA's official files, or a .csv or .parquet with uri"
     )
-    output: str = Field(description="the training table: a folder or an s3:// prefix")
+    output: Place = Field(description="the training table: a folder or an s3:// prefix")
     image_size: int = Field(128, ge=32, description="side of the model's square, pixels")
     margin: int = Field(16, ge=0, description="pixels kept around the square for random crops")
     limit: int = Field(0, ge=0, description="images taken, the first of the dataset; 0: all")

@@ -8,6 +8,7 @@ other column can be used too, in DuckDB's syntax. The faces come ordered by uri 
 
 import functools
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,9 +32,9 @@ from jobs.data.faces_view import (
     table_text,
     write_rows,
 )
-from jobs.data.object_store import open_store
+from jobs.data.object_store import file_place, is_s3, local_path, new_file, open_store, parent
 from jobs.data.snapshots import LabelTable
-from jobs.settings import Settings, run_program
+from jobs.settings import FilePlace, Place, Settings, run_program
 from mgmtn.attributes import ATTRIBUTES
 from mgmtn.drawing import contact_sheet, crop_face, placeholder
 from mgmtn.errors import ConfigError, ImageError
@@ -49,15 +50,17 @@ _TILE: Final = 180
 class QuerySettings(Settings):
     """What to look for, and how to show it."""
 
-    labels: CliPositionalArg[str] = Field(description="label table: a folder or an s3:// prefix")
+    labels: CliPositionalArg[Place] = Field(description="label table: a folder or an s3:// prefix")
     expression: CliPositionalArg[str] = Field("", description=f"condition on a face, as {EXAMPLE!r}; empty: every row")
     limit: int | None = Field(None, ge=0, description=f"rows at most; 0: no limit; unset: {TABLE_LIMIT} in a table")
     columns: tuple[str, ...] = Field(
         (), description="columns to show, separated by commas; '*': all; unset: uri, face_index and what is asked for"
     )
     format: Literal["table", "csv", "json", "parquet"] = Field("table", description="json: one object a line")
-    output: Path | None = Field(None, description="file for csv, json or parquet in place of stdout")
-    sheet: Path | None = Field(
+    output: FilePlace | None = Field(
+        None, description="file for csv, json or parquet in place of stdout, local or s3://"
+    )
+    sheet: FilePlace | None = Field(
         None,
         description=f"also draw the faces found on a contact sheet, .png, .jpg or .webp; {SHEET_LIMIT} at most. The "
         "captions give the attributes of --columns, or else those of the expression",
@@ -67,24 +70,26 @@ class QuerySettings(Settings):
 
     @field_validator("sheet")
     @classmethod
-    def _is_picture(cls, path: Path | None) -> Path | None:
-        if path is not None and path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+    def _is_picture(cls, place: str | None) -> str | None:
+        if place is not None and Path(place).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
             raise ValueError("name a .png, .jpg or .webp file")
-        return path
+        return place
 
     @field_validator("sheet", "output")
     @classmethod
-    def _has_folder(cls, path: Path | None) -> Path | None:
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ValueError(f"there is no folder {str(path.parent)!r}")
-        return path
+    def _is_file_in_a_folder(cls, place: str | None) -> str | None:
+        if place is not None:
+            uri = file_place(place)
+            if not is_s3(uri) and not os.path.isdir(parent(local_path(uri))):
+                raise ValueError(f"there is no folder {str(Path(place).parent)!r}")
+        return place
 
     @model_validator(mode="after")
     def _agree(self) -> "QuerySettings":
         if self.sql is not None and self.expression.strip():
             raise ValueError(f"EXPRESSION {self.expression!r} and --sql {self.sql!r}: give one of them")
         if self.output is not None and self.format == "table":
-            raise ValueError(f"--output {str(self.output)!r}: a file needs --format csv, json or parquet")
+            raise ValueError(f"--output {self.output!r}: a file needs --format csv, json or parquet")
         return self
 
 
@@ -106,7 +111,7 @@ def run(settings: QuerySettings) -> None:
     if settings.sheet is not None:
         most = min(_limit(settings) or SHEET_LIMIT, SHEET_LIMIT)
         faces = rows_of(connection, _limited(drawn, most))
-        _save_sheet(faces, path=settings.sheet, attributes=attributes)
+        _save_sheet(faces, place=settings.sheet, attributes=attributes)
 
 
 def _files(settings: QuerySettings) -> tuple[Path, ...]:
@@ -190,17 +195,18 @@ def _print_table(connection: DuckDBPyConnection, query: str, *, counted: str) ->
     log.info("shown=%d found=%d%s", len(rows), total["rows"], more)
 
 
-def _save_sheet(faces: Sequence[Mapping[str, Any]], *, path: Path, attributes: Sequence[str]) -> None:
+def _save_sheet(faces: Sequence[Mapping[str, Any]], *, place: str, attributes: Sequence[str]) -> None:
     if not faces:
         log.warning("sheet=none reason='no row was found'")
         return
     tiles = [_tile(face) for face in faces]
     sheet = contact_sheet(tiles, [_caption(face, attributes=attributes) for face in faces], tile_size=_TILE)
     try:
-        sheet.save(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--sheet {str(path)!r}: cannot be written: {error}") from error
-    log.info("sheet=%r faces=%d", str(path), len(faces))
+        with new_file(file_place(place)) as path:
+            sheet.save(path)
+    except (OSError, ValueError) as error:  # a WebP has 16,383 pixels at most
+        raise ConfigError(f"--sheet {place!r}: cannot be written: {error}") from error
+    log.info("sheet=%r faces=%d", place, len(faces))
 
 
 def _tile(face: Mapping[str, Any]) -> Image.Image:

@@ -15,13 +15,12 @@ from pydantic_settings import CliPositionalArg
 
 from jobs.data.face_samples import SampleMaker, draw_rows
 from jobs.data.models import resolve_model
-from jobs.data.object_store import canonical_uri, open_store
+from jobs.data.object_store import file_place, new_file
 from jobs.data.prevalence import LabelCounts, label_counts
-from jobs.data.scratch import scratch_folder
 from jobs.data.snapshots import LabelTable, Snapshot
 from jobs.data.table_statistics import STATISTICS_COLUMNS, measure
 from jobs.report_page import render
-from jobs.settings import Settings, run_program
+from jobs.settings import FilePlace, Place, Settings, run_program
 from mgmtn.checkpoint import Checkpoint, shipped_models
 from mgmtn.errors import ConfigError
 from mgmtn.images import ImageLimits
@@ -32,8 +31,8 @@ log = logging.getLogger(__name__)
 class ReportSettings(Settings):
     """Settings of `mgmtn report`."""
 
-    labels: CliPositionalArg[str] = Field(description="the label table: a folder or an S3 prefix")
-    output: str = Field("report.html", description="the page: a local file or an s3:// URI")
+    labels: CliPositionalArg[Place] = Field(description="the label table: a folder or an S3 prefix")
+    output: FilePlace = Field("report.html", description="the page: a local file or an s3:// URI")
     snapshot: PositiveInt | None = Field(None, description="number of the snapshot; unset: the current one")
     samples: NonNegativeInt = Field(12, description="images shown; about 60 KB of the page each")
     seed: NonNegativeInt = Field(0, description="number behind the random choice of samples; another draws others")
@@ -51,6 +50,7 @@ def run(settings: ReportSettings) -> None:
         ConfigError: there is no such table or snapshot, a file of it is damaged, or the page cannot be written.
         CheckpointError: there is no such model.
     """
+    output = file_place(settings.output)
     table = LabelTable(settings.labels)
     snapshot = table.at(settings.snapshot) if settings.snapshot else table.current()
     if snapshot is None:
@@ -72,11 +72,8 @@ def run(settings: ReportSettings) -> None:
         history=history[-settings.history :],
         made_at=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     )
-    output = canonical_uri(settings.output)
-    with scratch_folder("report") as folder:
-        path = folder / "report.html"
+    with new_file(output) as path:
         path.write_text(page, encoding="utf-8")
-        open_store(output).put_file(path, output)
     log.info("event=reported snapshot=%d bytes=%d", snapshot.number, len(page))
     print(output, flush=True)
 

@@ -20,7 +20,7 @@ from pydantic_settings import CliPositionalArg
 from jobs.data.lease import LeaseSettings, held
 from jobs.data.snapshots import LabelTable, Snapshot, SnapshotConflict, next_snapshot
 from jobs.outcomes import LeaseHeld
-from jobs.settings import Settings, run_program
+from jobs.settings import Place, Settings, run_program
 from mgmtn.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 class RestoreSettings(Settings):
     """Settings of `mgmtn restore`."""
 
-    labels: CliPositionalArg[str] = Field(description="the label table: a folder or an S3 prefix")
+    labels: CliPositionalArg[Place] = Field(description="the label table: a folder or an S3 prefix")
     snapshot: PositiveInt = Field(description="number of the snapshot whose rows are wanted; see mgmtn snapshots")
     dry_run: bool = Field(False, description="check that it can be restored, say what would change, and stop")
     lease: LeaseSettings = Field(default_factory=LeaseSettings)

@@ -14,12 +14,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Annotated, Any, Final, NoReturn, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_core import to_json
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from jobs.data.object_store import canonical_uri, file_place
 from jobs.outcomes import EXIT_INTERRUPTED, EXIT_USAGE, exit_code_of
 from jobs.setting_sources import read_sources, unknown_variables
 from mgmtn.errors import ConfigError, MgmtnError
@@ -120,6 +121,22 @@ class Settings(BaseSettings):
 
 
 S = TypeVar("S", bound=Settings)
+
+
+def _checked(named: Callable[[str], str]) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        try:
+            named(text)
+        except ConfigError as error:
+            # So that pydantic adds the field; and the value, which need not be there twice.
+            raise ValueError(str(error).removeprefix(f"{text!r}: ")) from error
+        return text
+
+    return check
+
+
+Place = Annotated[str, BeforeValidator(str), AfterValidator(_checked(canonical_uri))]  # a local path, or an s3:// URI
+FilePlace = Annotated[str, BeforeValidator(str), AfterValidator(_checked(file_place))]
 
 
 def load(cls: type[S], argv: Sequence[str] | None = None, *, prog: str, description: str = "") -> S:

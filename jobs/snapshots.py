@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.data.snapshots import LabelTable, Snapshot
-from jobs.settings import Settings, run_program
+from jobs.settings import Place, Settings, run_program
 from mgmtn.errors import ConfigError
 
 
 class SnapshotsSettings(Settings):
     """Settings of `mgmtn snapshots`."""
 
-    labels: CliPositionalArg[str] = Field(description="the label table: a folder or an S3 prefix")
+    labels: CliPositionalArg[Place] = Field(description="the label table: a folder or an S3 prefix")
     snapshot: PositiveInt | None = Field(None, description="number of the only snapshot to show; unset: all there are")
     format: Literal["auto", "table", "tsv", "json"] = Field(
         "auto", description="json: one object a line; auto: table on a terminal, else tsv"

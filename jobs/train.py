@@ -18,13 +18,12 @@ from pydantic import Field
 
 from jobs.data.datasets import UNKNOWN
 from jobs.data.models import resolve_model
-from jobs.data.object_store import canonical_uri, join, open_store
-from jobs.data.scratch import scratch_folder
+from jobs.data.object_store import canonical_uri, join, new_files
 from jobs.data.training_table import Description
-from jobs.settings import run_program
+from jobs.settings import Place, run_program
 from jobs.train_state import Best, Progress
 from jobs.train_tasks import AttributeTask, MaskTask, Source
-from jobs.training import Place, TrainSettings, stopped_early, train
+from jobs.training import TrainSettings, stopped_early, train
 from jobs.training_log import TIME_PARTS
 from mgmtn.attributes import ATTRIBUTES
 from mgmtn.calibration import fit_calibration
@@ -99,7 +98,7 @@ def run_attributes(settings: TrainAttributesSettings) -> dict[str, Any]:
     if network.masks == "learned" and network.head != "plain":
         if settings.mask_model is None:
             raise ConfigError("mask_model: learned masks need AML's checkpoint (mgmtn train masks makes one)")
-        mask_checkpoint = resolve_model(settings.mask_model)
+        mask_checkpoint = resolve_model(settings.mask_model, field="mask_model")
         network = network.model_copy(update={"mask_net": mask_checkpoint.mask_net().settings})
     source = _source(settings)
     task = AttributeTask(
@@ -144,7 +143,7 @@ def _source(settings: TrainSettings) -> Source:
 
 
 def _init(settings: TrainSettings) -> Checkpoint | None:
-    return None if settings.init is None else resolve_model(settings.init)
+    return None if settings.init is None else resolve_model(settings.init, field="init")
 
 
 def _positive_weight(source: Source) -> tuple[float, ...]:
@@ -188,10 +187,8 @@ def _figures(progress: Progress, best: Best) -> dict[str, float]:
 
 def _finish(settings: TrainSettings, checkpoint: Checkpoint, progress: Progress, best: Best) -> dict[str, Any]:
     folder = join(canonical_uri(settings.output), "checkpoint")
-    with scratch_folder("model") as temporary:
-        # The card last: a folder with a card is whole.
-        for path in sorted(checkpoint.save(temporary).iterdir(), key=lambda path: path.name == CARD_FILE):
-            open_store(folder).put_file(path, join(folder, path.name))
+    with new_files(folder, last=CARD_FILE) as temporary:
+        checkpoint.save(temporary)
     log.info("event=saved model_id=%s folder=%s", checkpoint.card.model_id, folder)
     return {
         "model_id": checkpoint.card.model_id,

@@ -2,27 +2,25 @@
 
 import logging
 from pathlib import Path
-from typing import Annotated, Any, Self, cast
+from typing import Any, Self, cast
 from urllib.parse import urlsplit
 
 import pyarrow.fs
 import ray.train
 import ray.train.torch
-from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from jobs.cluster import ClusterSettings, joined, totals
 from jobs.data.augmentation import AugmentSettings
 from jobs.data.object_store import canonical_uri, is_s3
 from jobs.optimisation import OptimisationSettings
-from jobs.settings import Settings
+from jobs.settings import Place, Settings
 from jobs.train_loop import LoopConfig, Task, train_worker
 from jobs.train_state import Best, Progress
 from jobs.training_log import write_log
 from mgmtn.errors import ConfigError, MgmtnError
 
 log = logging.getLogger(__name__)
-
-Place = Annotated[str, BeforeValidator(str)]  # a local path, or an s3:// URI
 
 
 class TrainSettings(Settings):

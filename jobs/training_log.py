@@ -14,7 +14,7 @@ import tensorboardX
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jobs.data.object_store import join, open_store
+from jobs.data.object_store import new_files
 from jobs.data.scratch import scratch_folder
 
 Row = Mapping[str, float]
@@ -35,17 +35,13 @@ def write_log(folder: str, *, epochs: Sequence[Row], steps: Sequence[Row], drawn
     Raises:
         FetchError: the store does not take them.
     """
-    with scratch_folder("log") as temporary:
+    with new_files(folder) as temporary:
         for name, rows in ((EPOCHS_FILE, epochs), (STEPS_FILE, steps)):
             if rows:
                 write_csv(temporary / name, rows)
         if drawn and (epochs or steps):
             write_plot(temporary / PLOT_FILE, epochs=epochs, steps=steps)
             write_events(temporary / EVENTS_FILE, epochs=epochs, steps=steps)
-        for path in sorted(temporary.rglob("*")):
-            if path.is_file():
-                uri = join(folder, path.relative_to(temporary).as_posix())
-                open_store(uri).put_file(path, uri)
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
@@ -58,7 +54,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 def write_events(path: Path, *, epochs: Sequence[Row], steps: Sequence[Row]) -> None:
     """TensorBoard's event file: each column a curve, over the steps or the epochs, of what is known (not NaN)."""
-    with scratch_folder("log") as temporary:
+    with scratch_folder("tensorboard") as temporary:
         with tensorboardX.SummaryWriter(str(temporary)) as writer:
             for kind, rows, axis in (("step", steps, "step"), ("epoch", epochs, "epoch")):
                 for row in rows:

@@ -33,7 +33,7 @@ from jobs.data.lease import LeaseSettings, held
 from jobs.data.object_store import is_s3
 from jobs.data.retention import Retention, Sweep, delete, fence, plan_sweep
 from jobs.data.snapshots import LabelTable
-from jobs.settings import Settings, run_program
+from jobs.settings import Place, Settings, run_program
 
 if TYPE_CHECKING:  # boto3: for a table in S3 alone
     from jobs.data.s3_remains import TornUpload
@@ -47,7 +47,7 @@ _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w":
 class VacuumSettings(Settings):
     """Settings of `mgmtn vacuum`."""
 
-    labels: CliPositionalArg[str] = Field(description="the label table: a folder or an S3 prefix")
+    labels: CliPositionalArg[Place] = Field(description="the label table: a folder or an S3 prefix")
     older_than: str = Field(
         "7d", description="age from which what nobody needs may go, as in 90m, 12h, 7d, 2w; 0s: all of it at once"
     )

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from jobs.data.object_store import is_s3, local_copy
+from mgmtn.errors import ConfigError, FetchError
 from mgmtn.landmarks import DetectorSettings, FanSettings, MediaPipeSettings
 
 
@@ -12,15 +13,18 @@ def on_this_machine(settings: DetectorSettings) -> DetectorSettings:
     """A detector's settings with weights of S3 copied to this machine's cache: each node of a cluster has its own.
 
     Raises:
-        ConfigError, FetchError: there are none, or they are others than the settings say.
+        ConfigError: there are none, or they are others than the settings say.
     """
     if not isinstance(settings, FanSettings):
         return settings
     copies = {}
-    if settings.weights is not None and is_s3(settings.weights):
-        copies["weights"] = str(local_copy(settings.weights, sha256=settings.weights_sha256))
-    if settings.face_detector_weights is not None and is_s3(settings.face_detector_weights):
-        copies["face_detector_weights"] = str(local_copy(settings.face_detector_weights))
+    try:
+        if settings.weights is not None and is_s3(settings.weights):
+            copies["weights"] = str(local_copy(settings.weights, sha256=settings.weights_sha256))
+        if settings.face_detector_weights is not None and is_s3(settings.face_detector_weights):
+            copies["face_detector_weights"] = str(local_copy(settings.face_detector_weights))
+    except FetchError as error:
+        raise ConfigError(f"fan: weights cannot be had: {error}") from error
     return settings.model_copy(update=copies)
 
 

@@ -7,6 +7,7 @@ has no labels: `smiling` and `not smiling` are both unknown there, and neither f
 
 import difflib
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -20,6 +21,8 @@ from mgmtn.errors import ConfigError
 
 VIEW: Final = "faces"
 EXAMPLE: Final = "smiling and not eyeglasses and young > 0.8"
+_QUOTED: Final = re.compile(r"""('(?:[^']|'')*'|"(?:[^"]|"")*")""")
+_NUMBERED: Final = re.compile(r"(?<!\w)5_o_clock_shadow(?!\w)", re.IGNORECASE)
 _REFUSED: Final = (exp.Query, exp.Star, exp.Placeholder, exp.Parameter, exp.AggFunc, exp.Window, exp.Command)
 
 
@@ -79,6 +82,7 @@ def known_column(name: str, *, columns: Sequence[str]) -> str:
 
 
 def _parse(expression: str) -> exp.Condition:
+    expression = _with_names(expression)
     # sqlglot tells of statements that it does not know in its log; we say it in our own words.
     logging.getLogger("sqlglot").setLevel(logging.ERROR)
     try:
@@ -97,6 +101,13 @@ def _parse(expression: str) -> exp.Condition:
         text = refused.sql(dialect="duckdb")
         raise ConfigError(f"expression {expression!r}: no place in a condition for {text!r}; --sql takes any query")
     return tree
+
+
+def _with_names(expression: str) -> str:
+    """CelebA's `5_o_Clock_Shadow`, which SQL would read as a number and more, under our name; quoted it is a name."""
+    pieces = _QUOTED.split(expression)
+    pieces[::2] = [_NUMBERED.sub("five_o_clock_shadow", piece) for piece in pieces[::2]]
+    return "".join(pieces)
 
 
 def _place(error: SqlglotError) -> str:
@@ -125,7 +136,8 @@ def _label(attribute: str) -> exp.Condition:
 
 
 def _is_boolean_place(node: exp.Condition) -> bool:
-    """True where SQL expects true or false: the whole, under and/or/not, a CASE's condition, beside TRUE or FALSE."""
+    """True where SQL expects true or false: the whole, under and/or/not, a CASE's condition, beside TRUE or FALSE, as
+    BOOLEAN."""
     parent = node.parent
     if parent is None or isinstance(parent, exp.And | exp.Or | exp.Not | exp.Xor):
         return True
@@ -134,6 +146,10 @@ def _is_boolean_place(node: exp.Condition) -> bool:
     if isinstance(parent, exp.If):
         in_simple_case = isinstance(parent.parent, exp.Case) and parent.parent.this is not None
         return parent.this is node and not in_simple_case
+    if isinstance(parent, exp.Cast):
+        return parent.to.is_type("boolean")
+    if isinstance(parent, exp.In):
+        return parent.this is node and all(isinstance(one.unnest(), exp.Boolean) for one in parent.expressions)
     if isinstance(parent, exp.EQ | exp.NEQ | exp.Is):
         other = parent.expression if parent.this is node else parent.this
         return isinstance(other.unnest(), exp.Boolean)

@@ -5,9 +5,10 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Literal
+from typing import Any, Final, Literal
 
 import duckdb
 from rich import box
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.data.expressions import VIEW, Condition
+from jobs.data.object_store import file_place, new_file
 from jobs.data.schema import TABLE_SCHEMA
 from jobs.data.scratch import scratch_folder
 from mgmtn.errors import ConfigError
@@ -128,9 +130,9 @@ def table_text(rows: Sequence[dict[str, Any]], *, columns: Sequence[str], width:
 
 
 def write_rows(
-    connection: duckdb.DuckDBPyConnection, query: str, *, file_format: FileFormat, output: Path | None = None
+    connection: duckdb.DuckDBPyConnection, query: str, *, file_format: FileFormat, output: str | None = None
 ) -> None:
-    """Write a query's rows to a file, which appears whole or not at all, or else to stdout.
+    """Write a query's rows to a file, local or in S3, which appears whole or not at all, or else to stdout.
 
     Raises:
         ConfigError: if DuckDB refuses the query, or the file cannot be written.
@@ -138,14 +140,8 @@ def write_rows(
     if file_format == "json":
         query = _for_json(connection, query)
     try:
-        with scratch_folder("query", within=output.absolute().parent if output else None) as folder:
-            path = folder / "rows"
+        with new_file(file_place(output)) if output else _shown_on_stdout() as path:
             attempt(connection, f"COPY ({query}) TO {quoted(str(path))} ({_COPY_OPTIONS[file_format]})")
-            if output:
-                path.replace(output)
-                return
-            with path.open("rb") as file:
-                _to_stdout(file)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -180,10 +176,15 @@ def _for_json(connection: duckdb.DuckDBPyConnection, query: str) -> str:
     return f"SELECT {', '.join(chosen)} FROM ({query})"
 
 
-def _to_stdout(file: BinaryIO) -> None:
-    sys.stdout.flush()
-    shutil.copyfileobj(file, sys.stdout.buffer)
-    sys.stdout.buffer.flush()
+@contextmanager
+def _shown_on_stdout() -> Iterator[Path]:
+    """A path to write to; what is there in the end goes to stdout."""
+    with scratch_folder("query") as folder:
+        yield folder / "rows"
+        sys.stdout.flush()
+        with (folder / "rows").open("rb") as file:
+            shutil.copyfileobj(file, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
 
 
 def _cell(name: str, value: Any, *, shorten: bool) -> str:

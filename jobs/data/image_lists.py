@@ -49,11 +49,15 @@ def _entries(uri: str) -> Iterator[ObjectInfo]:
     folder = parent(uri)
     read = {"txt": _lines, "csv": _csv_rows, "parquet": _parquet_rows}[uri.lower().rpartition(".")[2]]
     try:
-        for name, etag, size in read(uri):
+        for number, (name, etag, size) in enumerate(read(uri), start=1):
             if not name:
-                raise ConfigError(f"list {uri!r}: a row has no uri")
+                raise ConfigError(f"list {uri!r}: image {number}: a row has no uri")
+            try:
+                image = resolve(name, folder=folder)
+            except ConfigError as error:
+                raise ConfigError(f"list {uri!r}: image {number}: {error}") from error
             # A CSV has no null but the empty text; some tools write an etag with S3's quotes.
-            yield ObjectInfo(resolve(name, folder=folder), (etag or "").strip('"') or None, size)
+            yield ObjectInfo(image, (etag or "").strip('"') or None, size)
     except (FetchError, pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"list {uri!r}: cannot be read: {error}") from error
 

@@ -53,6 +53,25 @@ def take_inventory(inputs: str | Sequence[str], *, all_files: bool = False) -> p
     return _each_once(pa.Table.from_batches(batches, schema=INVENTORY_SCHEMA)).cast(_schema(unreadable))
 
 
+def check_inputs(inputs: Sequence[str]) -> None:
+    """See that local inputs are there: at once, before the work that a listing may be.
+
+    Raises:
+        ConfigError: naming every one that is not.
+    """
+    missing = []
+    for text in inputs:
+        uri = canonical_uri(text)
+        if not is_s3(uri) and not os.path.exists(local_path(uri)):
+            missing.append(str(_missing(text)))
+    if missing:
+        raise ConfigError("; ".join(missing))
+
+
+def _missing(text: str) -> ConfigError:
+    return ConfigError(f"input {text!r}: there is no such folder, image or list")
+
+
 def write_inventory(inputs: str | Sequence[str], folder: Path, *, all_files: bool = False) -> Path:
     """The same as `take_inventory`, as Parquet files: for more images than fit in memory.
 
@@ -162,7 +181,7 @@ def _images_of(text: str, *, all_files: bool, unreadable: Callable[[str], None])
     if found is None and is_s3(uri):
         yield from _list_images(uri, all_files=all_files, unreadable=unreadable)
     elif found is None:
-        raise ConfigError(f"input {text!r}: there is no such folder, image or list")
+        raise _missing(text)
     elif uri.endswith(f"/{REPORT_NAME}"):
         yield from _chosen(read_report(uri), all_files=all_files)
     elif uri.lower().endswith(LIST_SUFFIXES):

@@ -6,15 +6,23 @@ from mgmtn.checkpoint import CARD_FILE, WEIGHTS_FILE, Checkpoint
 from mgmtn.errors import CheckpointError, ConfigError, FetchError
 
 
-def resolve_model(model: str) -> Checkpoint:
+def resolve_model(model: str, *, field: str = "model") -> Checkpoint:
     """Load a checkpoint.
 
     Args:
         model: the name of a model that ships, a local folder, or the URI of a folder in S3.
+        field: the setting that names it, for the error.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
+    try:
+        return _load(model)
+    except CheckpointError as error:
+        raise CheckpointError(f"{field}: {error}") from error
+
+
+def _load(model: str) -> Checkpoint:
     if not is_s3(model):
         return Checkpoint.load(model)
     with scratch_folder("model") as folder:

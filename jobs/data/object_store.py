@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 from urllib.parse import quote, unquote_to_bytes
 
+from jobs.data.scratch import scratch_folder
 from mgmtn.errors import ConfigError, FetchError, ImageTooLarge
 
 log = logging.getLogger(__name__)
@@ -195,6 +196,45 @@ def open_store(uri: str) -> ObjectStore:
 
         return S3Store()
     return LocalStore()
+
+
+@contextlib.contextmanager
+def new_files(folder: str, *, last: str = "") -> Iterator[Path]:
+    """A folder of this machine to write files in, which replace those of the same names under a URI in the end.
+
+    Args:
+        folder: URI, with or without a slash at its end.
+        last: name of the file that is put after all others, and so says that they are there.
+
+    Raises:
+        ConfigError, FetchError: the store does not take them.
+    """
+    with scratch_folder("files") as temporary:
+        yield temporary
+        paths = (path for path in temporary.rglob("*") if path.is_file())
+        for path in sorted(paths, key=lambda path: (path.name == last, path)):
+            uri = join(folder, path.relative_to(temporary).as_posix())
+            open_store(uri).put_file(path, uri)
+
+
+@contextlib.contextmanager
+def new_file(uri: str) -> Iterator[Path]:
+    """A path of this machine to write to; what is there in the end replaces the object. See `new_files`."""
+    folder = parent(uri)
+    with new_files(folder) as temporary:
+        yield temporary / relative(uri, folder=folder)
+
+
+def file_place(text: str) -> str:
+    """The canonical URI of a file that a user names.
+
+    Raises:
+        ConfigError: as `canonical_uri`, or a slash at its end makes it a folder.
+    """
+    uri = canonical_uri(text)
+    if text.endswith("/"):
+        raise ConfigError(f"{text!r} names a folder, not a file")
+    return uri
 
 
 def local_copy(uri: str, *, sha256: str | None = None) -> Path:

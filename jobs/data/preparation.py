@@ -15,8 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from jobs.data.object_store import join, open_store, relative
-from jobs.data.scratch import scratch_folder
+from jobs.data.object_store import join, new_files, open_store, relative
 from jobs.data.training_table import DESCRIPTION_FILE, TRAINING_SCHEMA, decode_face, write_bytes
 from mgmtn.drawing import contact_sheet, overlay_masks
 from mgmtn.errors import FetchError
@@ -115,24 +114,21 @@ def _is_whole(folder: str, number: int, preparation: Preparation) -> bool:
 def write_part(rows: pa.Table, number: int, *, folder: str) -> None:
     """Write one file of the table; before the first, a picture of its masks for a person to look at."""
     if number == 0:
-        _write_mask_sheet(rows, join(folder, SHEET_FILE))
-    with scratch_folder("part") as temporary:
+        _write_mask_sheet(rows, folder=folder)
+    with new_files(folder) as temporary:
         path = temporary / part_name(number)
         pq.write_table(rows.cast(TRAINING_SCHEMA), path, compression="zstd", row_group_size=512)
-        open_store(folder).put_file(path, join(folder, path.name))
 
 
-def _write_mask_sheet(rows: pa.Table, uri: str) -> None:
+def _write_mask_sheet(rows: pa.Table, *, folder: str) -> None:
     """Draw the masks of some samples over their faces, faces that were found first; nothing where there are none."""
     readable = rows.filter(rows["face"].is_valid()).sort_by([("face_found", "descending")])
     chosen = readable.slice(0, SHEET_SAMPLES).to_pylist()
     if not chosen:
         return
     tiles = [overlay_masks(decode_face(row["face"]), unpack_masks(row["masks"])) for row in chosen]
-    with scratch_folder("sheet") as temporary:
-        path = temporary / SHEET_FILE
-        contact_sheet(tiles, [row["image"] for row in chosen]).save(path)
-        open_store(uri).put_file(path, uri)
+    with new_files(folder) as temporary:
+        contact_sheet(tiles, [row["image"] for row in chosen]).save(temporary / SHEET_FILE)
 
 
 def count_outcomes(folder: str, preparation: Preparation) -> Counter[str]:

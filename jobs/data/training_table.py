@@ -13,8 +13,7 @@ import pyarrow.dataset as ds
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from jobs.data.datasets import UNKNOWN
-from jobs.data.object_store import canonical_uri, join, local_copy, open_store, parent
-from jobs.data.scratch import scratch_folder
+from jobs.data.object_store import canonical_uri, join, local_copy, new_file, open_store, parent
 from mgmtn.attributes import ATTRIBUTES
 from mgmtn.errors import ConfigError, FetchError
 from mgmtn.masks import unpack_masks
@@ -79,10 +78,8 @@ class Description(BaseModel):
 
 def write_bytes(uri: str, content: bytes) -> None:
     """Create or replace an object in one step."""
-    with scratch_folder("object") as temporary:
-        path = temporary / "content"
+    with new_file(uri) as path:
         path.write_bytes(content)
-        open_store(uri).put_file(path, uri)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """Arms and seeds as runs, and the table that compares them; the trainings themselves are tested elsewhere."""
 
+import json
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from jobs import ablation
-from jobs.ablation import AblationSettings, RunFailed, as_markdown, merged, planned_runs
+from jobs.ablation import AblationSettings, RunFailed, as_markdown, is_measured, merged, planned_runs
 from jobs.settings import load
 from jobs.train import TrainAttributesSettings
 from mgmtn.attributes import GROUPS
@@ -65,6 +67,22 @@ def test_a_run_that_was_made_with_other_settings_is_not_taken_for_this_one(tmp_p
         ablation.run(settings)
     with pytest.raises(ConfigError, match=r"output: '.*only.seed-0' was made with other settings"):
         ablation.run(settings.model_copy(update={"common": {"freeze": 2}}))
+
+
+def test_a_run_that_was_measured_on_other_pictures_is_measured_again(tmp_path: Path) -> None:
+    settings = AblationSettings(output=tmp_path, data=("data",), test=("two words", "b"), arms={"only": {}}, seeds=(0,))
+    [job] = planned_runs(settings)
+    assert not is_measured(job, test=settings.test)
+    job.metrics.parent.mkdir(parents=True)
+    command = "mgmtn evaluate --model m --data 'two words,b' --split test --output o"
+    job.metrics.write_text(json.dumps(metrics(80) | {"command": command}))
+    assert is_measured(job, test=settings.test)
+    assert not is_measured(job, test=("two words",))
+
+
+def test_the_runs_folder_must_be_a_local_one() -> None:
+    with pytest.raises(ValidationError, match="local folder"):
+        AblationSettings(output=Path("s3://b/runs"), data=("s3://b/d",), test=("s3://b/d",), arms={"only": {}})
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("ablation-*.toml")), ids=lambda path: path.stem)

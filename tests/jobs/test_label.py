@@ -109,6 +109,20 @@ def test_what_does_not_exist_is_a_wrong_setting(photos, tmp_path, model, capsys,
     assert not ray.is_initialized()
 
 
+def test_all_that_is_seen_to_be_wrong_is_told_at_once_and_before_the_table_is_touched(tmp_path, capsys):
+    command = ["nowhere", "gone.jpg", "--output", str(tmp_path / "labels"), "--model", "nope"]
+    assert main([*command, "--detector", "fan", "--fan.weights", "/none.pth"]) == 2
+    told = capsys.readouterr().err
+    for problem in ("model: no checkpoint at 'nope'", "input 'nowhere'", "input 'gone.jpg'", "no weights at /none.pth"):
+        assert problem in told
+    assert not (tmp_path / "labels").exists()
+
+
+def test_a_place_that_cannot_be_is_told_with_its_setting(photos, model, capsys):
+    assert main([str(photos), "--output", "", "--model", str(model)]) == 2
+    assert "--output: '': an empty path" in capsys.readouterr().err
+
+
 def test_a_mask_network_cannot_label(photos, tmp_path, capsys):
     tiny = MaskNetSettings(depth=3, decoder_channels=(16, 8, 8), resolution=32)
     masks = Checkpoint.of(MaskNet(tiny), Card(name="aml", kind="masks", network=tiny)).save(tmp_path / "aml")

@@ -9,7 +9,7 @@ import boto3
 import pytest
 import torch
 
-from jobs import demo
+from jobs import demo, query
 from jobs.data.snapshots import LabelTable
 from mgmtn.checkpoint import Card, Checkpoint
 from mgmtn.network import MGMTN, NetworkSettings
@@ -36,6 +36,11 @@ def test_a_corpus_in_s3_is_labelled_into_a_table_in_s3_by_a_model_in_s3(bucket: 
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary["images"] == {"decode_error": 1, "no_face": 6, "ok": 3}
     assert "never-print-this" not in done.stderr
+
+    files = ["--output", f"{bucket}/found.csv", "--format", "csv", "--sheet", f"{bucket}/found.png"]
+    assert query.main([f"{bucket}/labels", "face_index >= 0", *files]) == 0
+    assert client.get_object(Bucket=name, Key="found.csv")["Body"].read().count(b"\n") > 1
+    assert client.get_object(Bucket=name, Key="found.png")["Body"].read().startswith(b"\x89PNG")
 
     table = LabelTable(f"{bucket}/labels")
     current = table.current()

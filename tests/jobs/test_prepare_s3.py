@@ -7,10 +7,13 @@ from pathlib import Path
 
 import boto3
 import pytest
+import torch
 
-from jobs import demo
+from jobs import demo, evaluate
 from jobs.data.training_table import Description, load_samples
+from mgmtn.checkpoint import Card, Checkpoint
 from mgmtn.errors import ConfigError
+from mgmtn.network import MGMTN, NetworkSettings
 
 pytestmark = pytest.mark.integration
 
@@ -45,6 +48,16 @@ def test_a_table_is_made_and_read_in_a_bucket(bucket: str, tmp_path: Path):
     assert prepared(bucket) == summary
     assert s3.head_object(Bucket=name, Key="data/part-00001.parquet")["LastModified"] == kept
     assert load_samples((f"{bucket}/data",), split="train").names.tolist() == ["admiral.jpg", "cat.png"]
+
+    torch.manual_seed(0)
+    network = NetworkSettings(backbone="mobilenetv3_small_050", image_size=64)
+    model = Checkpoint.of(MGMTN(network), Card(name="random", kind="attributes", network=network))
+    arguments = ["--model", str(model.save(tmp_path / "model")), "--data", f"{bucket}/data", "--split", "train"]
+    assert evaluate.main([*arguments, "--output", f"{bucket}/report/"]) == 0
+    pages = s3.list_objects_v2(Bucket=name, Prefix="report/")["Contents"]
+    assert {page["Key"] for page in pages} >= {"report/metrics.json", "report/metrics.md", "report/reliability.png"}
+    metrics = json.loads(s3.get_object(Bucket=name, Key="report/metrics.json")["Body"].read())
+    assert metrics["images"] == 3
 
     with pytest.raises(ConfigError, match="not a finished training table"):
         Description.load(f"{bucket}/elsewhere")

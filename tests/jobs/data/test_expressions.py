@@ -55,6 +55,11 @@ def test_a_row_without_a_face_is_neither_true_nor_false(expression):
         ("case young when 0.5 then true end", False, True),
         ("if(young, 1, 0) = 1", True, False),
         ("faces.young", True, False),
+        ("young::bool", True, False),
+        ("cast(young as integer) = 1", False, True),
+        ("young in (true, false)", True, False),
+        ("young in (0.5, 1)", False, True),
+        ("true in (young)", False, True),
     ],
 )
 def test_the_place_decides_between_label_and_probability(expression, uses_label, uses_probability):
@@ -68,7 +73,9 @@ def test_the_named_columns_are_told_in_order_each_once():
 
 
 def test_celebas_spelling_is_understood():
-    assert translate('"5_o_Clock_Shadow"', columns=COLUMNS).columns == ("five_o_clock_shadow",)
+    for spelled in ('"5_o_Clock_Shadow"', "5_o_Clock_Shadow > 0.1", "not 5_O_CLOCK_SHADOW"):
+        assert translate(spelled, columns=COLUMNS).columns == ("five_o_clock_shadow",)
+    assert "'a 5_o_Clock_Shadow'" in translate("uri = 'a 5_o_Clock_Shadow'", columns=COLUMNS).sql
     assert known_column("Big Lips", columns=COLUMNS) == "big_lips"
 
 

@@ -128,7 +128,8 @@ def test_no_listed_name_vanishes(tmp_path_factory, names):
     ("content", "message"),
     [
         ("image,split\na.jpg,1\n", "no column 'uri', only \\['image', 'split'\\]"),
-        ("uri,etag\n,x\n", "a row has no uri"),
+        ("uri,etag\n,x\n", "image 1: a row has no uri"),
+        ("uri\na.jpg\ngs://x/y.jpg\n", "image 2: 'gs://x/y.jpg': no store for gs://"),
         ("uri,size\na.jpg,large\n", "cannot be read.*large"),
         ("", "cannot be read"),
     ],

@@ -17,6 +17,8 @@ from jobs.data.object_store import (
     canonical_uri,
     join,
     local_copy,
+    new_file,
+    new_files,
     parent,
     relative,
     resolve,
@@ -203,6 +205,27 @@ def test_a_file_put_into_a_store_can_be_read_by_others(tmp_path):
     assert STORE.get(uri) == b"rows"
     assert stat.S_IMODE(os.stat(uri).st_mode) == 0o644
     assert os.listdir(tmp_path / "labels") == ["part.parquet"]
+
+
+def test_new_files_replace_those_of_their_names_and_the_last_says_that_all_are_there(tmp_path, monkeypatch):
+    put = []
+    monkeypatch.setattr(LocalStore, "put_file", lambda self, path, uri: put.append((uri, path.read_bytes())))
+    with new_files("/models/a/", last="card.json") as folder:
+        (folder / "logs").mkdir()
+        for name in ("card.json", "weights", "logs/events"):
+            (folder / name).write_text(name)
+        assert put == []
+    assert put == [(f"/models/a/{name}", name.encode()) for name in ("logs/events", "weights", "card.json")]
+
+
+def test_nothing_replaces_a_file_where_its_writing_fails(tmp_path):
+    (tmp_path / "page.html").write_text("old")
+    with pytest.raises(FileNotFoundError), new_file(str(tmp_path / "page.html")) as path:
+        path.with_name("half of it").rename(tmp_path / "gone" / "x")
+    assert (tmp_path / "page.html").read_text() == "old"
+    with new_file(str(tmp_path / "page.html")) as path:
+        path.write_text("new")
+    assert (tmp_path / "page.html").read_text() == "new"
 
 
 def test_deleting_twice_is_deleting(tmp_path):
