@@ -161,11 +161,14 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
         "command": command,
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "groups": {figure: figures.group_means(figure) for figure in GROUP_FIGURES},
-        "attributes": figures.as_dict(),
+        "attributes": {
+            name: row | {"ece_uncalibrated": uncalibrated.attributes[name].ece}
+            for name, row in figures.as_dict().items()
+        },
     }
     with new_files(canonical_uri(settings.output)) as folder:
         (folder / "metrics.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
-        (folder / "metrics.md").write_text(as_markdown(figures, summary, command), encoding="utf-8")
+        (folder / "metrics.md").write_text(as_markdown(figures, uncalibrated, summary, command), encoding="utf-8")
         draw_reliability(folder / "reliability.png", answers, calibrated=probabilities, raw=raw)
         draw_accuracy(folder / "accuracy.png", figures)
         draw_worst(folder / "worst.png", settings, answers, probabilities - labeller.thresholds, probabilities)
@@ -303,8 +306,8 @@ def record(settings: EvaluateSettings, checkpoint: Checkpoint, figures: dict[str
     log.info("event=recorded card=%s figures=%s", path, name)
 
 
-def as_markdown(figures: Report, summary: dict[str, Any], command: str) -> str:
-    """The figures as tables for a person to read."""
+def as_markdown(figures: Report, uncalibrated: Report, summary: dict[str, Any], command: str) -> str:
+    """The figures, and the calibration error without calibration, as tables for a person to read."""
     owner = {name: group for group, names in GROUP_ATTRIBUTES.items() for name in names}
     lines = [f"# {summary['model_id']} on {summary['images']} pictures ({summary['split']})", "", f"`{command}`", ""]
     lines += ["| figure | value |", "|---|---|"]
@@ -312,13 +315,20 @@ def as_markdown(figures: Report, summary: dict[str, Any], command: str) -> str:
     lines += ["", "| group | mean accuracy, % |", "|---|---|"]
     lines += [f"| {group} | {_percent(value)} |" for group, value in figures.group_means("accuracy").items()]
     lines += ["", "Each attribute, all figures in %:", ""]
-    lines += ["| attribute | group | accuracy | balanced | F1 | AP | ECE | majority |", "|---" * 8 + "|"]
+    lines += ["| attribute | group | accuracy | balanced | F1 | AP | ECE | ECE uncalibrated | majority |"]
+    lines += ["|---" * 9 + "|"]
     for name, row in figures.attributes.items():
-        shares = (row.accuracy, row.balanced_accuracy, row.f1, row.average_precision, row.ece, row.majority)
+        errors = (row.ece, uncalibrated.attributes[name].ece)
+        shares = (row.accuracy, row.balanced_accuracy, row.f1, row.average_precision, *errors, row.majority)
         lines.append(f"| {name} | {owner[name]} | " + " | ".join(str(_percent(share)) for share in shares) + " |")
-    lines += ["", "Published mean accuracy on the whole official test sets, %:", "", "| method | CelebA | LFWA |"]
-    lines += ["|---|---|---|"]
-    lines += [f"| {method} | {celeba or '-'} | {lfwa or '-'} |" for method, (celeba, lfwa) in PUBLISHED.items()]
+    lines += [
+        "",
+        "Mean accuracy, %: as published, on the whole official test sets, and of this model on these pictures:",
+        "",
+    ]
+    lines += ["| method | CelebA | LFWA | here |", "|---|---|---|---|"]
+    lines += [f"| {method} | {celeba or '-'} | {lfwa or '-'} | |" for method, (celeba, lfwa) in PUBLISHED.items()]
+    lines += [f"| **{summary['model_id']}** | | | **{summary['mean_accuracy']}** |"]
     return "\n".join(lines) + "\n"
 
 

@@ -24,9 +24,15 @@ def mask_agreement(
     Pictures in which no face was found have no drawn masks and do not count.
 
     Raises:
-        ConfigError: the split has no face.
+        ConfigError: the split has no face, or the tables differ in size.
     """
-    geometry = Description.load(folders[0])
+    geometry, *others = map(Description.load, folders)
+    for other, folder in zip(others, folders[1:], strict=True):
+        if (other.image_size, other.mask_size) != (geometry.image_size, geometry.mask_size):
+            raise ConfigError(
+                f"data: {str(folders[0])!r} holds faces of {geometry.image_size} pixels, {str(folder)!r} of "
+                f"{other.image_size}: measure them one by one"
+            )
     device = next(mask_net.parameters()).device
     cells, done = torch.zeros(len(GROUPS), 2), 0
     total = limit or sum(Description.load(folder).splits.get(split, 0) for folder in folders)

@@ -12,7 +12,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn, TypeVar
 
@@ -159,6 +160,33 @@ def load(cls: type[S], argv: Sequence[str] | None = None, *, prog: str, descript
     if problems:
         _stop(prog, problems)
     return settings
+
+
+def flags_of(settings: Settings) -> list[str]:
+    """The flags that, without an environment, load these settings: the file of `--config`, and what differs from it."""
+    told = {} if settings.config is None else tomllib.loads(settings.config.read_text(encoding="utf-8"))
+    flags = [] if settings.config is None else ["--config", str(settings.config)]
+    in_file = dict(_named(told))
+    for name, value in _named(settings.model_dump(mode="json", exclude_unset=True)):
+        if name not in in_file or in_file[name] != value:
+            flags += _flag(name.replace("_", "-"), value)
+    return flags
+
+
+def _named(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _named(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    if isinstance(value, list):
+        return [f"--{name}", ",".join(map(str, value))]
+    return [f"--{name}", "null" if value is None else str(value)]
 
 
 def run_program(

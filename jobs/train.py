@@ -7,6 +7,7 @@ The same command again goes on where a stopped run left off, or, after a finishe
 """
 
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,11 +19,11 @@ from pydantic import Field
 
 from jobs.data.datasets import UNKNOWN
 from jobs.data.models import resolve_model
-from jobs.data.object_store import canonical_uri, join, new_files
+from jobs.data.object_store import canonical_uri, file_sha256, join, new_files
 from jobs.data.training_table import Description
-from jobs.settings import Place, run_program
+from jobs.settings import Place, flags_of, run_program
 from jobs.train_state import Best, Progress
-from jobs.train_tasks import AttributeTask, MaskTask, Source
+from jobs.train_tasks import AttributeTask, MaskTask, Source, local_weights
 from jobs.training import TrainSettings, stopped_early, train
 from jobs.training_log import TIME_PARTS
 from mgmtn.attributes import ATTRIBUTES
@@ -101,12 +102,14 @@ def run_attributes(settings: TrainAttributesSettings) -> dict[str, Any]:
         mask_checkpoint = resolve_model(settings.mask_model, field="mask_model")
         network = network.model_copy(update={"mask_net": mask_checkpoint.mask_net().settings})
     source = _source(settings)
+    trunk_weights = canonical_uri(settings.trunk_weights) if settings.trunk_weights else None
     task = AttributeTask(
         source=source,
         network=network,
         mask_checkpoint=mask_checkpoint,
         pretrained=settings.pretrained,
-        trunk_weights=canonical_uri(settings.trunk_weights) if settings.trunk_weights else None,
+        trunk_weights=trunk_weights,
+        trunk_sha256=file_sha256(local_weights(trunk_weights)) if trunk_weights else None,
         freeze=settings.freeze,
         init=_init(settings),
         average_flip=settings.average_flip,
@@ -126,6 +129,9 @@ def run_attributes(settings: TrainAttributesSettings) -> dict[str, Any]:
     account = _account(settings, progress, best, command="attributes", init=task.init)
     if mask_checkpoint is not None:
         account["training"]["mask_model"] = _origin(mask_checkpoint)
+    if trunk_weights is not None:
+        account["training"]["trunk_weights"] = {"file": Path(trunk_weights).name, "sha256": task.trunk_sha256}
+        account["training"]["settings"]["pretrained"] = False  # not on ImageNet
     card = Card(
         name=settings.name,
         kind="attributes",
@@ -160,7 +166,7 @@ def _account(
         mode="json", exclude={"data", "output", "cluster", "network", "mask_model", "init", "trunk_weights"}
     )
     training = {
-        "command": f"mgmtn train {command}" + (f" --config {settings.config}" if settings.config else ""),
+        "command": shlex.join(["mgmtn", "train", command, *flags_of(settings)]),
         "data": [table.model_copy(update={"dataset": Path(table.dataset).name}).model_dump() for table in tables],
         "settings": settled,
         "licence": "learned from research data sets that are for non-commercial research only; see the README",

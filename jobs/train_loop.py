@@ -5,6 +5,7 @@ the very step: what a step does follows from (seed, epoch, step) and the state a
 """
 
 import contextlib
+import hashlib
 import logging
 import time
 from collections.abc import Callable
@@ -68,7 +69,7 @@ class Task(Protocol):
 
     @property
     def trained(self) -> dict[str, Any]:
-        """What is trained, as JSON has it: a run goes on only as the same."""
+        """The task's part of `LoopConfig.trained`."""
 
     def load(self) -> tuple[Samples, Samples]:
         """Training and validation samples."""
@@ -101,6 +102,15 @@ class LoopConfig:
     loaders: int | None = None
     checkpoint_minutes: float = 10.0
     log_steps: int = 10
+
+    @property
+    def trained(self) -> dict[str, Any]:
+        """What decides, beside the samples, what the weights become, as JSON has it: a run goes on only as the same.
+
+        Not what only ends a run, and may let a finished one go on, nor into how many parts a step is cut.
+        """
+        steps = self.optimisation.model_dump(mode="json", exclude={"epochs", "patience", "accumulate"})
+        return self.task.trained | {"optimisation": steps, "augment": self.augment.model_dump(mode="json")}
 
 
 def train_worker(config: dict[str, LoopConfig]) -> MgmtnError | None:
@@ -279,14 +289,22 @@ def set_up(loop: LoopConfig, device: torch.device) -> Training:
     (batch,) = plain_batches(few, image_size=task.image_size, mask_size=task.mask_size, batch_size=2)
     freeze_unreached(module, task.loss(module.eval(), batch.to(device)))
     optimizer = torch.optim.AdamW(parameter_groups(module, opt), weight_decay=opt.weight_decay)
-    progress = Progress(len(samples), task.trained)
+    trained = loop.trained | {"data": digest_of(samples)}
+    progress = Progress(len(samples), trained)
     run = Training(samples, held_out, module, averaged(module, opt.ema), optimizer, progress)
     if (checkpoint := ray.train.get_checkpoint()) is not None:
         with checkpoint.as_directory() as folder:
             run.progress = Progress.load(Path(folder))
-            run.progress.check(samples=len(samples), trained=task.trained)
+            run.progress.check(samples=len(samples), trained=trained)
             load_tensors(Path(folder), module=module, average=run.average, optimizer=optimizer)
     return run
+
+
+def digest_of(samples: Samples) -> str:
+    """The first characters of a SHA-256 over names and labels: other samples, even as many, are another run's."""
+    digest = hashlib.sha256("\n".join(samples.names.tolist()).encode())
+    digest.update(samples.labels.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def save(run: Training, loop: LoopConfig, figures: dict[str, Any], *, rank: int) -> None:

@@ -14,7 +14,7 @@ from mgmtn.errors import ConfigError
 
 STATE_FILE, PROGRESS_FILE = "state.pt", "progress.json"
 WEIGHTS_FILE, RESULTS_FILE = "best.safetensors", "validation.safetensors"
-_FORMAT = 3  # of the files; 2 did not say what is trained, 1 had neither steps nor a best epoch
+_FORMAT = 4  # of the files; 3 did not say how it is trained, 2 nor what, 1 had neither steps nor a best epoch
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Progress:
 
     Attributes:
         samples: training samples in all; a run cannot go on with others.
-        trained: what the weights are of, as its task tells it; nor can it go on as another.
+        trained: what is trained, and how; nor can it go on as another.
         epoch: the epoch under way.
         seen: samples of it that the weights have learned from.
         loss_sum: of its steps.

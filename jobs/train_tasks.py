@@ -1,5 +1,6 @@
 """What can be trained: the mask network (AML) and the attribute network (MGMTN), as tasks of the training loop."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -9,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from jobs.data.batches import Batch
-from jobs.data.object_store import is_s3, local_copy
+from jobs.data.object_store import is_s3, local_copy, local_path
 from jobs.data.training_table import Samples, load_labels, load_samples
 from mgmtn.attributes import GROUPS
 from mgmtn.checkpoint import Checkpoint
-from mgmtn.errors import ConfigError
+from mgmtn.errors import ConfigError, FetchError
 from mgmtn.losses import AttributeLoss, attribute_loss, mask_loss
 from mgmtn.mask_net import MaskNet, MaskNetSettings, overlaps
 from mgmtn.network import MGMTN, NetworkSettings
@@ -38,9 +39,13 @@ class Source:
         Raises:
             ConfigError: none are held out, or all.
         """
-        samples = load_samples(self.data, split="train", limit=self.limit)
-        held_out = self._cut(samples.names)
-        return samples.take(np.flatnonzero(~held_out)), samples.take(np.flatnonzero(held_out))
+        names, _ = load_labels(self.data, split="train", limit=self.limit)
+        held_out = self._cut(names)
+        # Each side by itself: both as parts of one would be in memory twice for a while.
+        train, cut = (
+            load_samples(self.data, split="train", limit=self.limit, chosen=side) for side in (~held_out, held_out)
+        )
+        return train, cut
 
     def load_labels(self) -> tuple[np.ndarray, np.ndarray]:
         """Only the labels of `load`'s samples, in the same order: int8, shape `(N, 40)`.
@@ -91,12 +96,18 @@ class MaskTask:
 
     @property
     def trained(self) -> dict[str, Any]:
-        return {"network": self.network.model_dump(mode="json"), "init": model_id_of(self.init)}
+        return {
+            "network": self.network.model_dump(mode="json"),
+            "init": model_id_of(self.init),
+            "validation": self.source.validation,
+        }
 
     def load(self) -> tuple[Samples, Samples]:
         # A picture in which no face was found has no masks to learn from.
-        train, held_out = self.source.load()
-        return train.take(np.flatnonzero(train.found)), held_out.take(np.flatnonzero(held_out.found))
+        train, held_out = (samples.take(np.flatnonzero(samples.found)) for samples in self.source.load())
+        if len(held_out) == 0:
+            raise ConfigError("validation: a face was found in none of the samples that it holds out")
+        return train, held_out
 
     def build(self) -> nn.Module:
         return started_from(MaskNet(self.network), self.init)
@@ -130,6 +141,7 @@ class AttributeTask:
     image_size: int
     mask_size: int
     trunk_weights: str | None = None
+    trunk_sha256: str | None = None
     freeze: int = 0
     init: Checkpoint | None = None
     average_flip: bool = False
@@ -142,17 +154,26 @@ class AttributeTask:
             "average_flip": self.average_flip,
             "mask_model": model_id_of(self.mask_checkpoint),
             "init": model_id_of(self.init),
+            "validation": self.source.validation,
+            "pretrained": self.pretrained,
+            "trunk_weights": self.trunk_sha256,
+            "freeze": self.freeze,
+            "loss": self.loss_kind,
+            "balance": self.positive_weight is not None,
+            "label_smoothing": self.label_smoothing,
         }
 
     def load(self) -> tuple[Samples, Samples]:
-        return self.source.load()
+        train, held_out = self.source.load()
+        if not held_out.known.any():
+            raise ConfigError(f"validation: none of the {len(held_out)} samples that it holds out has a label")
+        return train, held_out
 
     def build(self) -> nn.Module:
         module = MGMTN(self.network)
         if self.trunk_weights is not None:
-            uri = self.trunk_weights
-            load_trunk_weights(module.trunk.net, path=local_copy(uri) if is_s3(uri) else Path(uri))
-        elif self.pretrained:
+            load_trunk_weights(module.trunk.net, path=local_weights(self.trunk_weights))
+        elif self.pretrained and not fills(module.trunk, self.init, prefix="trunk."):
             load_imagenet_weights(module.trunk.net, name=self.network.backbone)
         started_from(module, self.init)
         if module.mask_net is not None and self.mask_checkpoint is not None:
@@ -191,6 +212,30 @@ def model_id_of(checkpoint: Checkpoint | None) -> str | None:
     return None if checkpoint is None else checkpoint.card.model_id
 
 
+def local_weights(uri: str) -> Path:
+    """A trunk's weights on this machine.
+
+    Raises:
+        ConfigError: they cannot be had.
+    """
+    if not is_s3(uri):
+        return Path(local_path(uri))
+    try:
+        return local_copy(uri)
+    except FetchError as error:
+        raise ConfigError(f"trunk_weights: {error}") from error
+
+
+def fills(module: nn.Module, init: Checkpoint | None, *, prefix: str) -> bool:
+    """Whether a checkpoint has all tensors of a part of the network; the part's names begin with the prefix there."""
+    part = {f"{prefix}{name}": value for name, value in module.state_dict().items()}
+    return init is not None and len(_fitting(part, init)) == len(part)
+
+
+def _fitting(state: Mapping[str, Tensor], init: Checkpoint) -> dict[str, Tensor]:
+    return {name: value for name, value in init.tensors().items() if name in state and state[name].shape == value.shape}
+
+
 def started_from(module: M, init: Checkpoint | None) -> M:
     """Fill a network with the tensors of a checkpoint that fit it, in place.
 
@@ -199,10 +244,7 @@ def started_from(module: M, init: Checkpoint | None) -> M:
     """
     if init is None:
         return module
-    state = module.state_dict()
-    fitting = {
-        name: value for name, value in init.tensors().items() if name in state and state[name].shape == value.shape
-    }
+    fitting = _fitting(module.state_dict(), init)
     if not fitting:
         raise ConfigError(f"init: no tensor of {init.card.name} fits this network")
     module.load_state_dict(fitting, strict=False)

@@ -169,11 +169,16 @@ class Trunk(nn.Module):
         modules = {int(info["reduction"]): str(info["module"]) for info in self.net.feature_info}
         if 2**level not in modules:
             raise ConfigError(f"freeze: the trunk has features of strides {sorted(modules)}, none for level {level}")
-        names = [name for name, _ in self.net.named_parameters()]
-        # In the order of definition, which is that of the forward pass.
-        last = max(index for index, name in enumerate(names) if name.startswith(modules[2**level] + "."))
+        # In the order of definition, which is that of the forward pass; the level's own module may be an activation.
+        modules_in_order = [name for name, _ in self.net.named_modules()]
+        end = max(index for index, name in enumerate(modules_in_order) if _is_within(name, modules[2**level]))
+        frozen = set(modules_in_order[: end + 1])
         for name, parameter in self.net.named_parameters():
-            parameter.requires_grad_(name not in names[: last + 1])
+            parameter.requires_grad_(name.rpartition(".")[0] not in frozen)
+
+
+def _is_within(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
 
 
 class MGMTN(nn.Module):

@@ -130,8 +130,14 @@ class Samples:
         return np.stack([unpack_masks(mask.tobytes(), mask_size=mask_size) for mask in self.masks])
 
 
-def load_samples(folders: Sequence[Folder], *, split: str, limit: int = 0) -> Samples:
+def load_samples(folders: Sequence[Folder], *, split: str, limit: int = 0, chosen: np.ndarray | None = None) -> Samples:
     """Read one split of one or several training tables of the same geometry into memory, sorted by table and name.
+
+    Args:
+        folders: of the tables.
+        split: whose rows.
+        limit: rows, the first; 0: all.
+        chosen: bool, which of these rows; None: all.
 
     Raises:
         ConfigError: the tables differ in geometry, or none has a row of that split.
@@ -141,6 +147,9 @@ def load_samples(folders: Sequence[Folder], *, split: str, limit: int = 0) -> Sa
         raise ConfigError(f"data: the tables differ in (image_size, margin, mask_size): {sorted(geometry)}")
     names = [_dataset(folder).to_table(columns=["image"], filter=_readable(split))["image"] for folder in folders]
     places = _places([column.to_numpy() for column in names], limit=limit)
+    if chosen is not None:
+        place_now = np.where(chosen, np.cumsum(chosen) - 1, -1)
+        places = [np.where(place >= 0, place_now[place], -1) for place in places]
     count = sum(int((place >= 0).sum()) for place in places)
     if count == 0:
         raise ConfigError(f"data: no usable row of split {split!r} in {', '.join(map(str, folders))}")

@@ -92,3 +92,11 @@ def test_a_mask_network_is_evaluated_by_its_masks_and_its_card_remembers(
     assert summary["mask_iou"]["mouth"] == 0.5
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["mask_iou"] == summary["mask_iou"]
     assert Checkpoint.load(model).card.accuracy["data/test"]["mask_iou"] == summary["mask_iou"]
+
+
+def test_tables_of_different_sizes_are_not_measured_as_one(everywhere: MaskNet, table: Path, tmp_path: Path) -> None:
+    larger = tmp_path / "larger"
+    larger.mkdir()
+    Description.load(table).model_copy(update={"image_size": SIZE + 32}).save(larger)
+    with pytest.raises(ConfigError, match=r"data: .*64 pixels, .*larger.* of 96"):
+        mask_agreement(everywhere, (table, larger), split="test")

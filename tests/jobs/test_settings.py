@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_settings import CliPositionalArg
 
 from jobs.outcomes import ErrorBudgetExceeded, GateRefused, LeaseHeld
-from jobs.settings import Settings, load, print_summary, run_program
+from jobs.settings import Settings, flags_of, load, print_summary, run_program
 from mgmtn.errors import CheckpointError, ConfigError, FetchError, MgmtnError
 
 
@@ -44,6 +44,18 @@ class RangeSettings(Settings):
         if self.low > self.high:
             raise ValueError(f"low {self.low} is above high {self.high}")
         return self
+
+
+class GroupSettings(BaseModel):
+    rate: float = 0.1
+    deep_name: str = ""
+
+
+class Flagged(Settings):
+    count: int = 1
+    names: tuple[str, ...] = ()
+    flag: bool = True
+    group: GroupSettings = Field(default_factory=GroupSettings)
 
 
 ROOT = Path(__file__).parents[2]
@@ -275,3 +287,17 @@ def test_a_reader_that_has_read_enough_is_no_error(tmp_path):
     ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, cwd=ROOT)
     assert ended.stdout.splitlines() == ["row 0", "0"]
     assert ended.stderr == ""
+
+
+def test_the_flags_of_settings_load_them_again(tmp_path, monkeypatch):
+    file = tmp_path / "run.toml"
+    file.write_text('count = 3\nnames = ["a", "b"]\n[group]\nrate = 0.5\n')
+    given = ["--config", str(file), "--count", "4", "--group.deep-name", "x y", "--no-flag"]
+    settings = load(Flagged, given, prog="test")
+    flags = flags_of(settings)
+    assert flags == ["--config", str(file), "--count", "4", "--no-flag", "--group.deep-name", "x y"]
+    assert load(Flagged, flags, prog="test") == settings
+    monkeypatch.setenv("MGMTN_NAMES", "c,d")
+    told = flags_of(load(Flagged, ["--config", str(file)], prog="test"))
+    assert told == ["--config", str(file), "--names", "c,d"]
+    assert flags_of(Flagged()) == []

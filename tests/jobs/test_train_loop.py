@@ -286,3 +286,29 @@ def test_one_worker_agrees_with_itself():
     calls: list[Callable[[], int]] = [refuse]
     with pytest.raises(MgmtnError, match="no"):
         together(calls[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda loop: changed(loop, learning_rate=1e-4), "optimisation.learning_rate was 0.003 there"),
+        (lambda loop: changed(loop, seed=7), "optimisation.seed was 0 there"),
+        (lambda loop: replace(loop, augment=AugmentSettings(erase=0.9)), "augment.erase was"),
+        (lambda loop: replace(loop, task=replace(loop.task, loss_kind="focal")), "loss was 'bce' there"),
+        (lambda loop: replace(loop, task=replace(loop.task, trunk_sha256="ab")), "trunk_weights was None there"),
+    ],
+)
+def test_a_run_is_not_taken_for_one_with_other_settings(loop, worker, change, problem):
+    trained(changed(loop, epochs=1), worker)
+    error = train_worker({"loop": change(changed(loop, epochs=1))})
+    assert isinstance(error, ConfigError)
+    assert problem in str(error)
+    assert len(trained(changed(loop, epochs=2, accumulate=2), worker).epochs) == 2  # these may change
+
+
+def test_a_run_does_not_go_on_with_other_samples_that_are_as_many(loop, worker, tmp_path):
+    trained(changed(loop, epochs=1), worker)
+    other = str(write_made_table(tmp_path / "other", count=64, image_size=SIZE, margin=4, seed=9))
+    error = train_worker({"loop": replace(loop, task=replace(loop.task, source=Source((other,), 0.2, 0)))})
+    assert isinstance(error, ConfigError)
+    assert "data was" in str(error)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,14 @@ import pytest
 import safetensors.torch
 import torch
 
+from jobs import train_tasks
 from jobs.data.batches import Batch
 from jobs.data.made_faces import write_made_table
 from jobs.data.training_table import Samples
 from jobs.train_tasks import AttributeTask, MaskTask, Source, started_from, validation_cut
 from mgmtn.attributes import ATTRIBUTES, GROUPS
 from mgmtn.checkpoint import Card, Checkpoint
-from mgmtn.errors import ConfigError
+from mgmtn.errors import ConfigError, FetchError
 from mgmtn.mask_net import MaskNet, MaskNetSettings
 from mgmtn.network import MGMTN, NetworkSettings
 
@@ -276,3 +278,45 @@ def test_a_frozen_trunk_does_not_learn_and_the_rest_does():
     module = attribute_task(freeze=5).build()
     assert not any(parameter.requires_grad for parameter in module.trunk.net.blocks.parameters())
     assert all(parameter.requires_grad for parameter in module.heads.parameters())
+
+
+@pytest.mark.parametrize(("backbone", "level"), [("resnet18", 1), ("resnet18", 2), ("mobilenetv3_small_050", 1)])
+def test_a_trunk_is_frozen_up_to_a_level_that_is_an_activation_too(backbone, level):
+    trunk = attribute_task(network=TINY.model_copy(update={"backbone": backbone}), freeze=level).build().trunk.net
+    module = {int(info["reduction"]): info["module"] for info in trunk.feature_info}[2**level]
+    frozen = {name for name, parameter in trunk.named_parameters() if not parameter.requires_grad}
+    assert {name for name, _ in trunk.named_parameters() if name.startswith(f"{module}.")} <= frozen
+    first, *_, last = (name for name, _ in trunk.named_parameters())
+    assert first in frozen
+    assert last not in frozen
+
+
+def test_weights_that_an_earlier_model_brings_are_not_asked_of_a_hub(monkeypatch):
+    asked = []
+    monkeypatch.setattr(train_tasks, "load_imagenet_weights", lambda trunk, name: asked.append(name))
+    same, other = checkpoint_of(TINY), checkpoint_of(TINY.model_copy(update={"backbone": "resnet18"}))
+    attribute_task(pretrained=True, init=same).build()
+    assert asked == []
+    attribute_task(pretrained=True, init=other).build()  # its heads fit
+    assert asked == [TINY.backbone]
+
+
+def test_weights_that_a_bucket_does_not_give_are_a_wrong_setting(monkeypatch):
+    def refuse(uri):
+        raise FetchError(f"{uri}: access denied")
+
+    monkeypatch.setattr(train_tasks, "local_copy", refuse)
+    with pytest.raises(ConfigError, match=r"trunk_weights: s3://b/w\.pt: access denied"):
+        attribute_task(trunk_weights="s3://b/w.pt").build()
+
+
+def test_a_cut_that_measures_nothing_is_refused(tmp_path, monkeypatch):
+    labels = np.full((4, 40), -1)
+    unlabelled = make_samples(labels)
+    monkeypatch.setattr(Source, "load", lambda self: (unlabelled, unlabelled))
+    with pytest.raises(ConfigError, match="validation: none of the 4 samples that it holds out has a label"):
+        attribute_task().load()
+    faceless = replace(unlabelled, found=np.zeros(4, bool))
+    monkeypatch.setattr(Source, "load", lambda self: (unlabelled, faceless))
+    with pytest.raises(ConfigError, match="validation: a face was found in none"):
+        MaskTask(Source((), 0.1, 0), TINY_MASKS, SIZE, MASK).load()
