@@ -24,7 +24,7 @@ from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
 import requests
-from pydantic import Field
+from pydantic import DirectoryPath, Field
 from pydantic_settings import CliPositionalArg
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
@@ -55,7 +55,7 @@ class SubmitSettings(Settings):
     wait: bool = Field(True, description="follow the job to its end")
     on_interrupt: Literal["cancel", "leave"] = Field("cancel", description="what becomes of the job on Ctrl-C")
     patience: float = Field(300.0, ge=0, description="seconds that the cluster may be out of reach while waiting")
-    working_dir: Path | None = Field(
+    working_dir: DirectoryPath | None = Field(
         None, description="folder to upload and run the job in; its jobs/ and mgmtn/ come before the installed ones"
     )
     exclude: tuple[str, ...] = Field(
@@ -196,15 +196,9 @@ def submission_id(entrypoint: str, key: str) -> str:
 
 
 def runtime_environment(settings: SubmitSettings) -> dict[str, Any]:
-    """Nothing, or the folder to upload.
-
-    Raises:
-        ConfigError: there is no such folder.
-    """
+    """Nothing, or the folder to upload."""
     if settings.working_dir is None:
         return {}
-    if not settings.working_dir.is_dir():
-        raise ConfigError(f"--working-dir {str(settings.working_dir)!r}: there is no such folder")
     return {"working_dir": str(settings.working_dir.resolve()), "excludes": list(settings.exclude)}
 
 
