@@ -275,8 +275,8 @@ def test_a_run_on_several_nodes_outlives_the_loss_of_one(pictures: Path, tmp_pat
             ended = subprocess.run(
                 command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False
             )
-    assert lost.is_set()
     assert ended.returncode == 0, ended.stderr
+    assert lost.is_set()
     summary = json.loads(ended.stdout.splitlines()[-1])
     assert summary["images"] == {"ok": PICTURES}
     found = rows(tmp_path / "labels")
@@ -285,7 +285,7 @@ def test_a_run_on_several_nodes_outlives_the_loss_of_one(pictures: Path, tmp_pat
 
 class HereOnlySettings(SlowLabelSettings):
     def chosen_detector(self) -> Any:
-        shutil.rmtree(self.model)  # the driver has read it: no worker may need the file
+        shutil.rmtree(self.model, ignore_errors=True)  # the driver has read it: no worker may need the file
         return super().chosen_detector()
 
 
