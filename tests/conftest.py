@@ -83,7 +83,7 @@ def _new_bucket() -> str:
     return f"s3://{name}"
 
 
-@pytest.fixture(scope="session", params=["own"] if OWN_ENDPOINT else ["moto", "swift"])
+@pytest.fixture(scope="session", params=["own"] if OWN_ENDPOINT else ["swift", "moto"])
 def s3_endpoint(request: pytest.FixtureRequest) -> Iterator[S3Endpoint]:
     """The S3 servers that the suite runs on, one after the other."""
     if request.param == "moto":
