@@ -19,7 +19,6 @@ import logging
 import secrets
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -35,7 +34,7 @@ from pydantic_settings import CliPositionalArg
 from jobs.cluster import ClusterSettings, Pools, joined, share, totals
 from jobs.data.detection import DetectionSettings, on_this_machine
 from jobs.data.forecast import expected_seconds
-from jobs.data.gate import Finding, GateSettings, check_inventory, check_run
+from jobs.data.gate import GateSettings, check_inventory, check_run
 from jobs.data.inventory import check_inputs, inventory_digest, write_inventory
 from jobs.data.lease import LeaseSettings, ending_on_sigterm, held
 from jobs.data.ledger import progress_shown, settings_of_workers, start_ledger
@@ -46,13 +45,13 @@ from jobs.data.plan import PlanLimits, known_columns, make_plan
 from jobs.data.prevalence import prevalence
 from jobs.data.resume import RunNote, announce, conclude, refuse
 from jobs.data.run import NO_WORK, Run, Work, divide, outcomes_of, publish
-from jobs.data.schema import FAILED
 from jobs.data.sink import ROWS_PER_FILE, LabelSink
 from jobs.data.snapshots import LabelTable, Pace, Snapshot
 from jobs.data.stages import FaceMode, FaceWork
 from jobs.outcomes import ErrorBudgetExceeded, GateRefused, all_of
 from jobs.run_metrics import MetricsSettings, RunMetrics, reported
 from jobs.settings import Place, Settings, run_program
+from jobs.verdict import check_budget, counts_text, pass_gate
 from mgmtn.checkpoint import DEFAULT_MODEL, Checkpoint
 from mgmtn.errors import ConfigError
 from mgmtn.images import ImageLimits
@@ -173,7 +172,9 @@ def _run(settings: LabelSettings, metrics: RunMetrics, checkpoint: Checkpoint) -
             discard=settings.deletions == "drop",
             limits=settings.plan,
         )
-        counts = _text(work.planned(job.plan) | {"adopted": work.adopted.images, "later": sum(work.later.values())})
+        counts = counts_text(
+            work.planned(job.plan) | {"adopted": work.adopted.images, "later": sum(work.later.values())}
+        )
         log.info("event=planned run_id=%s model_id=%s %s", job.id, job.checkpoint.card.model_id, counts)
         metrics.plan(work.planned(job.plan))
         files = (*work.adopted.files, *(label(settings, job, work, metrics) if work.images else ()))
@@ -352,48 +353,6 @@ def judge(settings: LabelSettings, job: Run, work: Work, files: Sequence[FileFac
         raise
 
 
-def pass_gate(findings: Sequence[Finding], summary: dict[str, Any], *, accept: bool) -> None:
-    """Stop at what the gate found, unless it is accepted.
-
-    Raises:
-        GateRefused: naming each finding; the summary has them under `refused`.
-    """
-    for finding in findings:
-        log.warning("event=gate accepted=%s finding=%r", accept, str(finding))
-    if findings and not accept:
-        raise GateRefused(
-            f"the gate refuses: {'; '.join(map(str, findings))}; nothing was published. Finished files are kept: the "
-            "same command with --accept publishes them",
-            summary=summary | {"refused": [asdict(finding) for finding in findings]},
-        )
-
-
-def check_budget(
-    outcomes: Counter[str], max_failed_fraction: float, summary: dict[str, Any], *, retried: int = 0
-) -> None:
-    """Refuse to publish a run in which more images failed than allowed.
-
-    Args:
-        outcomes: the run's images by status.
-        max_failed_fraction: what is allowed.
-        summary: goes with the refusal.
-        retried: how many of the run's images have failed before: of these it is no surprise, and they do not count.
-
-    Raises:
-        ErrorBudgetExceeded: naming the share, the limit and the outcomes.
-    """
-    failed = sum(outcomes[status] for status in FAILED)
-    expected = min(failed, retried)
-    images, failed = outcomes.total() - expected, failed - expected
-    if images and failed / images > max_failed_fraction:
-        besides = f", besides {expected} that had failed before" if expected else ""
-        raise ErrorBudgetExceeded(
-            f"{failed} of {images} images failed ({failed / images:.1%}){besides}, more than --max-failed-fraction "
-            f"{max_failed_fraction:g} allows; nothing was published. {_text(dict(outcomes))}",
-            summary=summary,
-        )
-
-
 def _tell_snapshot(metrics: RunMetrics, table: LabelTable, snapshot: Snapshot | None) -> None:
     if snapshot is not None:
         shares = prevalence(table, snapshot.files)
@@ -445,10 +404,6 @@ def _dry_summary(settings: LabelSettings, job: Run) -> dict[str, Any]:
         "examples": examples,
         "output": settings.output,
     }
-
-
-def _text(counts: dict[str, int]) -> str:
-    return " ".join(f"{name}={count}" for name, count in counts.items() if count)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
