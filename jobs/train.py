@@ -77,10 +77,11 @@ def run_masks(settings: TrainMasksSettings) -> dict[str, Any]:
     """Train AML; the summary holds the intersection over union of each group on the validation cut."""
     geometry = Description.load(settings.data[0])
     task = MaskTask(_source(settings), settings.network, geometry.image_size, geometry.mask_size, init=_init(settings))
+    command = _command(settings, "masks")
     progress, best = train(settings, task)
     module = MaskNet(settings.network)
     module.load_state_dict(best.weights)
-    account = _account(settings, progress, best, command="masks", init=task.init)
+    account = _account(settings, progress, best, command=command, init=task.init)
     card = Card(name=settings.name, kind="masks", network=settings.network, **account)
     return _finish(settings, Checkpoint.of(module, card, half=settings.half_weights), progress, best)
 
@@ -119,6 +120,7 @@ def run_attributes(settings: TrainAttributesSettings) -> dict[str, Any]:
         image_size=geometry.image_size,
         mask_size=geometry.mask_size,
     )
+    command = _command(settings, "attributes")
     progress, best = train(settings, task)
     module = MGMTN(network)
     module.load_state_dict(best.weights)
@@ -126,7 +128,7 @@ def run_attributes(settings: TrainAttributesSettings) -> dict[str, Any]:
     if len(labels) != len(best.results):
         raise ConfigError(f"data: {len(best.results)} samples were held out, {len(labels)} are there now")
     calibration = fit_calibration(best.results.numpy(), (labels == 1).astype(np.float64), labels != UNKNOWN)
-    account = _account(settings, progress, best, command="attributes", init=task.init)
+    account = _account(settings, progress, best, command=command, init=task.init)
     if mask_checkpoint is not None:
         account["training"]["mask_model"] = _origin(mask_checkpoint)
     if trunk_weights is not None:
@@ -157,6 +159,11 @@ def _positive_weight(source: Source) -> tuple[float, ...]:
     return tuple(positive_weights(torch.from_numpy(labels == 1), torch.from_numpy(labels != UNKNOWN)).tolist())
 
 
+def _command(settings: TrainSettings, what: str) -> str:
+    """The command of a run, told in its beginning: who knows what becomes of the file of `--config` until its end."""
+    return shlex.join(["mgmtn", "train", what, *flags_of(settings)])
+
+
 def _account(
     settings: TrainSettings, progress: Progress, best: Best, *, command: str, init: Checkpoint | None
 ) -> dict[str, Any]:
@@ -166,7 +173,7 @@ def _account(
         mode="json", exclude={"data", "output", "cluster", "network", "mask_model", "init", "trunk_weights"}
     )
     training = {
-        "command": shlex.join(["mgmtn", "train", command, *flags_of(settings)]),
+        "command": command,
         "data": [table.model_copy(update={"dataset": Path(table.dataset).name}).model_dump() for table in tables],
         "settings": settled,
         "licence": "learned from research data sets that are for non-commercial research only; see the README",

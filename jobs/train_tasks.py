@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jobs.data.batches import Batch
-from jobs.data.object_store import is_s3, local_copy, local_path
+from jobs.data.object_store import local_copy
 from jobs.data.training_table import Samples, load_labels, load_samples
 from mgmtn.attributes import GROUPS
 from mgmtn.checkpoint import Checkpoint
@@ -218,11 +218,9 @@ def local_weights(uri: str) -> Path:
     Raises:
         ConfigError: they cannot be had.
     """
-    if not is_s3(uri):
-        return Path(local_path(uri))
     try:
         return local_copy(uri)
-    except FetchError as error:
+    except (ConfigError, FetchError) as error:
         raise ConfigError(f"trunk_weights: {error}") from error
 
 

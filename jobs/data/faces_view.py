@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.data.expressions import VIEW, Condition
-from jobs.data.object_store import file_place, new_file
+from jobs.data.object_store import file_place, is_s3, local_path, new_file
 from jobs.data.schema import TABLE_SCHEMA
 from jobs.data.scratch import scratch_folder
 from mgmtn.errors import ConfigError
@@ -140,7 +140,7 @@ def write_rows(
     if file_format == "json":
         query = _for_json(connection, query)
     try:
-        with new_file(file_place(output)) if output else _shown_on_stdout() as path:
+        with _file_for(output) if output else _shown_on_stdout() as path:
             attempt(connection, f"COPY ({query}) TO {quoted(str(path))} ({_COPY_OPTIONS[file_format]})")
     except BrokenPipeError:
         raise
@@ -174,6 +174,12 @@ def _for_json(connection: duckdb.DuckDBPyConnection, query: str) -> str:
         else:
             chosen.append(column)
     return f"SELECT {', '.join(chosen)} FROM ({query})"
+
+
+def _file_for(output: str) -> AbstractContextManager[Path]:
+    uri = file_place(output)
+    # Where the file is to be there is room for it, which TMPDIR need not have.
+    return new_file(uri, within=None if is_s3(uri) else Path(local_path(uri)).parent)
 
 
 @contextmanager

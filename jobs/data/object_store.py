@@ -199,17 +199,18 @@ def open_store(uri: str) -> ObjectStore:
 
 
 @contextlib.contextmanager
-def new_files(folder: str, *, last: str = "") -> Iterator[Path]:
+def new_files(folder: str, *, last: str = "", within: Path | None = None) -> Iterator[Path]:
     """A folder of this machine to write files in, which replace those of the same names under a URI in the end.
 
     Args:
         folder: URI, with or without a slash at its end.
         last: name of the file that is put after all others, and so says that they are there.
+        within: where there is room for them until then; None for TMPDIR.
 
     Raises:
         ConfigError, FetchError: the store does not take them.
     """
-    with scratch_folder("files") as temporary:
+    with scratch_folder("files", within=within) as temporary:
         yield temporary
         paths = (path for path in temporary.rglob("*") if path.is_file())
         for path in sorted(paths, key=lambda path: (path.name == last, path)):
@@ -218,10 +219,10 @@ def new_files(folder: str, *, last: str = "") -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_file(uri: str) -> Iterator[Path]:
+def new_file(uri: str, *, within: Path | None = None) -> Iterator[Path]:
     """A path of this machine to write to; what is there in the end replaces the object. See `new_files`."""
     folder = parent(uri)
-    with new_files(folder) as temporary:
+    with new_files(folder, within=within) as temporary:
         yield temporary / relative(uri, folder=folder)
 
 

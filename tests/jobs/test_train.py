@@ -1,9 +1,12 @@
+import shlex
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from jobs.data.made_faces import write_made_table
+from jobs.data.object_store import file_sha256
 from jobs.settings import load
 from jobs.train import NewNetworkSettings, TrainAttributesSettings, TrainMasksSettings, main, run_attributes
 from jobs.train_state import Best, Progress
@@ -96,7 +99,15 @@ def test_an_earlier_model_that_is_not_there_stops_before_ray_starts(tmp_path, ca
     assert "no checkpoint at" in capsys.readouterr().err
 
 
-def test_a_card_tells_which_model_training_started_from(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["gone.pt", "."])
+def test_trunk_weights_that_are_not_there_stop_before_ray_starts(tmp_path, capsys, name):
+    data = write_made_table(tmp_path / "data", count=9, image_size=SIZE)
+    command = ["attributes", "--data", str(data), "--output", str(tmp_path / "run"), "--network.masks", "ones"]
+    assert main([*command, "--network.image-size", str(SIZE), "--trunk-weights", str(tmp_path / name)]) == 2
+    assert "trunk_weights: " in capsys.readouterr().err
+
+
+def test_a_card_tells_what_training_started_from_and_its_command(tmp_path, monkeypatch):
     data = write_made_table(tmp_path / "data", count=20, image_size=SIZE)
     network = NetworkSettings(backbone="mobilenetv3_small_050", image_size=SIZE, width=16, masks="ones")
     earlier = Checkpoint.of(MGMTN(network), Card(name="earlier", kind="attributes", network=network))
@@ -108,15 +119,24 @@ def test_a_card_tells_which_model_training_started_from(tmp_path, monkeypatch):
         return Progress(samples=20, epochs=[figures], best=best), best
 
     monkeypatch.setattr("jobs.train.train", train_nothing)
+    trunk = tmp_path / "trunk.safetensors"
+    safetensors.torch.save_file(MGMTN(network).trunk.net.state_dict(), trunk)
     summary = run_attributes(
         TrainAttributesSettings(
             data=(data,),
             output=tmp_path / "run",
             init=earlier.save(tmp_path / "earlier"),
-            pretrained=False,
+            trunk_weights=trunk,
+            freeze=2,
             network=NewNetworkSettings(**network.model_dump(exclude={"mask_net"})),
             validation=0.2,
         )
     )
     card = Checkpoint.load(summary["checkpoint"]).card
     assert card.training["init"]["model_id"] == earlier.card.model_id
+    assert card.training["trunk_weights"] == {"file": trunk.name, "sha256": file_sha256(trunk)}
+    assert card.training["settings"]["pretrained"] is False
+    words = shlex.split(card.training["command"])
+    assert words[:3] == ["mgmtn", "train", "attributes"]
+    again = load(TrainAttributesSettings, words[3:], prog="mgmtn train attributes")
+    assert (again.trunk_weights, again.freeze, again.network.masks) == (str(trunk), 2, "ones")
