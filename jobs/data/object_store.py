@@ -234,7 +234,7 @@ def file_place(text: str) -> str:
     """
     uri = canonical_uri(text)
     if text.endswith("/"):
-        raise ConfigError(f"{text!r} names a folder, not a file")
+        raise ConfigError(f"{text!r}: this names a folder, not a file")
     return uri
 
 

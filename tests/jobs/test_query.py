@@ -232,7 +232,7 @@ def test_a_caption_names_the_attributes_that_were_asked_for(labels, tmp_path, mo
         (["", "--output", "x.csv"], "a file needs --format csv, json or parquet"),
         (["", "--snapshot", "7"], "snapshot 7"),
         (["", "--sheet", "x.pdf"], "'x.pdf': name a .png, .jpg or .webp file"),
-        (["", "--format", "csv", "--output", "folder/"], "'folder/' names a folder, not a file"),
+        (["", "--format", "csv", "--output", "folder/"], "'folder/': this names a folder, not a file"),
         (["", "--format", "csv", "--output", "/nowhere/x.csv"], "there is no folder '/nowhere'"),
     ],
 )
